@@ -1,0 +1,9 @@
+"""The one exception that means: the user gave something wrong.
+
+Every room may raise it. Its message is one line that names the key or file, the value and the way out; the verbs
+print that line and exit with status 1 (see `gpt_jax.cli`). Anything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; `str(error)` is one line that says what, and what to do instead."""
