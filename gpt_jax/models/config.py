@@ -1,0 +1,103 @@
+"""The one description of a model's architecture."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from gpt_jax.errors import InputError
+
+# Divisible by any usual tensor-parallel size, and a whole number of lanes for the matrix units.
+VOCAB_MULTIPLE = 128
+
+COMPUTE_DTYPES = {'f32': jnp.float32, 'bf16': jnp.bfloat16, 'fp16': jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Architecture of a GPT-2/GPT-3 decoder.
+
+    Pre-LayerNorm blocks and a final one, learned positions, tanh-GELU, biases everywhere (GPT-2, section 2.3; GPT-3,
+    section 2.1, "the same model and architecture as GPT-2").
+
+    Attributes:
+      vocab_size: number of tokens; tables inside are padded to a multiple of 128, invisibly from outside.
+      block_size: longest sequence, in tokens.
+      n_layer: number of blocks.
+      n_head: attention heads; must divide `d_model`.
+      d_model: width of the residual stream.
+      mlp_expansion: the MLP's width as a multiple of `d_model`.
+      embedding_dropout: rate on the sum of token and position embeddings (GPT-2's `embd_pdrop`).
+      attention_dropout: rate on the attention probabilities (`attn_pdrop`).
+      mlp_dropout: rate on the MLP's output before it joins the residual stream.
+      resid_dropout: rate on the attention's output before it joins the residual stream. GPT-2's single `resid_pdrop`
+        is `mlp_dropout` and `resid_dropout` at the same rate.
+      tie_embeddings: the output head is the token embedding (GPT-2's choice).
+      scan_layers: run the blocks as one `lax.scan` (compiles once for all layers) or unrolled (faster on CPU). Same
+        parameters, same function.
+      compute_dtype: 'f32', 'bf16' or 'fp16': of matmuls and activations. Parameters, softmax, LayerNorm statistics and
+        losses stay float32.
+      layer_norm_epsilon: added to the variance (1e-5 in GPT-2's code).
+
+    Raises:
+      InputError: on construction, where a value is out of range.
+    """
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    d_model: int
+    mlp_expansion: int = 4
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    mlp_dropout: float = 0.0
+    resid_dropout: float = 0.0
+    tie_embeddings: bool = True
+    scan_layers: bool = False
+    compute_dtype: str = 'f32'
+    layer_norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        for key in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'd_model', 'mlp_expansion'):
+            if getattr(self, key) < 1:
+                raise InputError(f'model.{key}={getattr(self, key)} must be at least 1')
+        if self.d_model % self.n_head:
+            raise InputError(
+                f'model.d_model={self.d_model} is not divisible by model.n_head={self.n_head}; '
+                f'the nearest width that is: {max(1, round(self.d_model / self.n_head)) * self.n_head}'
+            )
+        for key in ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout'):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise InputError(f'model.{key}={getattr(self, key)} must be at least 0 and below 1')
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise InputError(f'precision.compute={self.compute_dtype!r} must be one of {", ".join(COMPUTE_DTYPES)}')
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_head
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.d_model * self.mlp_expansion
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: `vocab_size` rounded up to a multiple of 128."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """`compute_dtype` as a dtype."""
+        return COMPUTE_DTYPES[self.compute_dtype]
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable scalars as the papers count them: tied head counted once, no vocabulary padding."""
+        d, f = self.d_model, self.d_mlp
+        attention = d * 3 * d + 3 * d + d * d + d
+        mlp = d * f + f + f * d + d
+        norms = 2 * 2 * d
+        embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.block_size * d
+        return embeddings + self.n_layer * (attention + mlp + norms) + 2 * d

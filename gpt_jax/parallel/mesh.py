@@ -1,0 +1,101 @@
+"""The four-axis device mesh, and the constraints that keep activations on it.
+
+Model code names the *logical* dimensions of an array (`constrain(x_BTD, 'batch', 'time', 'embed')`); this file alone
+maps them to mesh axes. Without an active mesh a constraint is a no-op, so a model runs unchanged on one device.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gpt_jax.errors import InputError
+
+AXES = ('data', 'fsdp', 'tensor', 'context')
+
+# The batch is split over both data axes: 'fsdp' is data parallelism whose parameters are split as well.
+LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
+    'batch': ('data', 'fsdp'),
+    'time': 'context',
+    'heads': 'tensor',
+    'mlp': 'tensor',
+    'vocab': 'tensor',
+    'embed': None,
+    'head_dim': None,
+}
+
+_active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar('gpt_jax_mesh', default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1: whatever the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all `devices` (default: every device of every process) with the four `AXES`, in that order.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices, or more than one of them is -1.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    shown = ', '.join(f'mesh.{axis}={size}' for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise InputError(f'{shown}: sizes are positive, and at most one of them is -1 (the devices the others leave)')
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(f'{shown} does not divide the {len(devices)} devices here; make their product {len(devices)}')
+    # Explicit axes, today's default, make linen modules fail: the compiler is to propagate what we constrain.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh | None) -> Iterator[None]:
+    """Makes `constrain` act on `mesh` while code is traced inside.
+
+    Not `jax.set_mesh`: under that, arrays made eagerly are committed as replicated.
+    """
+    token = _active_mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _active_mesh.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of the innermost `activate`, or None."""
+    return _active_mesh.get()
+
+
+def logical_spec(*names: str | None) -> PartitionSpec:
+    """The mesh axes of logically named dimensions; a name that is not in `LOGICAL_AXES` raises KeyError."""
+    return PartitionSpec(*(None if name is None else LOGICAL_AXES[name] for name in names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` with its dimensions laid along the mesh as their logical `names` say; unchanged without a mesh.
+
+    Raises:
+      KeyError: a name is unknown (an unknown name that replicated silently would cost memory unseen).
+      ValueError: there are not as many names as dimensions.
+    """
+    spec = logical_spec(*names)
+    if len(names) != x.ndim:
+        raise ValueError(f'{len(names)} names {names} for an array of shape {x.shape}')
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
