@@ -65,6 +65,7 @@ class GPT(nn.Module):
     config: GPTConfig
 
     def setup(self):
+        """Declares the parameters."""
         c = self.config
         table = nn.initializers.normal(INIT_STD)
         self.wte = self.param('wte', table, (c.padded_vocab_size, c.d_model), jnp.float32)

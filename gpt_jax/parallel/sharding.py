@@ -48,7 +48,7 @@ def parameter_spec(name: str) -> PartitionSpec:
 
 
 def tree_shardings(mesh: Mesh, params: Any, tree: Any) -> Any:
-    """A NamedSharding for each leaf of `tree`, a tree of arrays (or ShapeDtypeStructs) that may hold copies of `params`.
+    """A NamedSharding for each leaf of `tree`, whose leaves are arrays or ShapeDtypeStructs.
 
     Optimizer state holds whole copies of the parameter tree (Adam's moments): a leaf whose path ends in a parameter's
     path, with its shape, is split like that parameter; every other leaf (counters, scales) is replicated.
