@@ -1,0 +1,1 @@
+"""Experiments: `base` declares every key, the others are small changes to it."""

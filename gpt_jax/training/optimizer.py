@@ -1,0 +1,101 @@
+"""AdamW as one visible chain, and the schedule it follows."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import optax
+
+from gpt_jax.errors import InputError
+from gpt_jax.parallel.sharding import path_name
+from gpt_jax.training.config import OptimizerConfig, RunConfig
+
+# Matrices and embeddings decay, gains and biases do not (GPT-1, section 4.1: "on all non bias or gain weights"). By
+# name, since stacked over the layers a bias has two dimensions; each parameter must match exactly one of the two.
+DECAYED = (r'wte|wpe|lm_head', r'blocks/(attention/(qkv|out)|mlp/(up|down))/kernel')
+NOT_DECAYED = (r'ln_f/(scale|bias)', r'blocks/ln_[12]/(scale|bias)', r'blocks/(attention/(qkv|out)|mlp/(up|down))/bias')
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How long things last, in optimizer steps."""
+
+    total: int
+    warmup: int
+    decay: int
+
+
+def lengths(run: RunConfig, windows_per_epoch: int) -> Lengths:
+    """Resolves steps, tokens and epochs; the cosine's end defaults to the run's.
+
+    Args:
+      run: the experiment.
+      windows_per_epoch: training sequences of block_size tokens in the corpus.
+
+    Raises:
+      InputError: the warmup is not shorter than the decay.
+    """
+    tokens_per_step = run.train.batch_size * run.model.block_size
+
+    def steps(section: Any, prefix: str = '') -> int | None:
+        if (count := getattr(section, f'{prefix}steps')) is not None:
+            return count
+        if (tokens := getattr(section, f'{prefix}tokens')) is not None:
+            return math.ceil(tokens / tokens_per_step)
+        if (epochs := getattr(section, f'{prefix}epochs')) is not None:
+            return math.ceil(epochs * windows_per_epoch / run.train.batch_size)
+        return None
+
+    total = steps(run.train)
+    warmup = steps(run.schedule, 'warmup_') or 0
+    decay = steps(run.schedule, 'decay_') or total
+    if warmup >= decay > 1 or (decay == 1 and warmup > 1):
+        raise InputError(
+            f'schedule: a warmup of {warmup} steps leaves no step of the {decay} of the decay; '
+            'shorten it (schedule.warmup_steps) or lengthen the run'
+        )
+    return Lengths(total, min(warmup, decay - 1), decay)
+
+
+def make_schedule(config: RunConfig, lengths: Lengths) -> optax.Schedule:
+    """Learning rate of each step, counted from 0.
+
+    Linear from peak / warmup to the peak (the first step learns already), a cosine from there to
+    `final_fraction` x peak at `lengths.decay`, constant after it (GPT-3, appendix B; GPT-1, section 4.1).
+    """
+    peak = config.optimizer.learning_rate
+    cosine = optax.cosine_decay_schedule(peak, lengths.decay - lengths.warmup, config.schedule.final_fraction)
+    if lengths.warmup < 2:
+        return cosine
+    warmup = optax.linear_schedule(peak / lengths.warmup, peak, lengths.warmup - 1)
+    return optax.join_schedules([warmup, cosine], [lengths.warmup])
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip -> Adam -> decoupled weight decay -> learning rate (Loshchilov & Hutter 2019, algorithm 2)."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """Whether each parameter decays, a tree like `params`.
+
+    Raises:
+      ValueError: a parameter is named by neither list above, or by both.
+    """
+
+    def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
+        name = path_name(path)
+        found = [any(re.fullmatch(pattern, name) for pattern in patterns) for patterns in (DECAYED, NOT_DECAYED)]
+        if sum(found) != 1:
+            raise ValueError(f'parameter {name!r} must be named in exactly one of DECAYED and NOT_DECAYED')
+        return found[0]
+
+    return jax.tree_util.tree_map_with_path(decays, params)

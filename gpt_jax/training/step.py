@@ -1,0 +1,147 @@
+"""The compiled steps: one of training, one of evaluation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.dynamic_scale import DynamicScale
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gpt_jax.models import GPT
+from gpt_jax.parallel import activate, batch_sharding, constrain, replicated
+from gpt_jax.training.state import TrainState, abstract_state
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+# On CPU XLA hands fusions around matrix products to YNNPACK, which slows training down (docs/PERFORMANCE.md).
+CPU_OPTIONS = {'xla_cpu_experimental_ynn_fusion_type': ''}
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """XLA options of the compiled steps, for the platform that is in use."""
+    return CPU_OPTIONS if jax.default_backend() == 'cpu' else None
+
+
+def make_train_step(
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    accumulation_steps: int = 1,
+    seed: int = 0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step (state, batch) -> (state, metrics); the given state is donated.
+
+    The batch holds `tokens` and `targets`, int32 [batch, time]. It is cut into `accumulation_steps` micro-batches whose
+    gradients are added up: the result is that of the whole batch at once, the mean over all tokens. Metrics are
+    float32 scalars `loss` (nats a token), `grad_norm` (before clipping) and `learning_rate`, and with fp16
+    `loss_scale` and `skipped_steps`.
+    """
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with activate(mesh):
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            loss, gradients, finite, loss_scale = _gradients(model, state, batch, accumulation_steps, key)
+            return _apply(optimizer, schedule, state, loss, gradients, finite, loss_scale)
+
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, batch_sharding(mesh)),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+    )
+
+
+def _gradients(model: GPT, state: TrainState, batch: Batch, accumulation_steps: int, key: jax.Array):
+    """Mean loss and its gradient, whether all of it is finite, and the next loss scale."""
+    count = batch['tokens'].size
+
+    def loss_fn(params: Any, micro_batch: Batch, key: jax.Array) -> jax.Array:
+        losses_BT = model.apply(
+            {'params': params},
+            micro_batch['tokens'],
+            micro_batch['targets'],
+            method='token_losses',
+            rngs={'dropout': key},
+        )
+        # Over the count of the whole batch, so that micro-batches simply add up.
+        return jnp.sum(losses_BT) / count
+
+    def value_and_grad(loss_scale: DynamicScale | None, micro_batch: Batch, key: jax.Array):
+        if loss_scale is None:
+            loss, gradients = jax.value_and_grad(loss_fn)(state.params, micro_batch, key)
+            return loss, gradients, jnp.array(True), None
+        loss_scale, finite, loss, gradients = loss_scale.value_and_grad(loss_fn)(state.params, micro_batch, key)
+        return loss, gradients, finite, loss_scale
+
+    if accumulation_steps == 1:
+        return value_and_grad(state.loss_scale, batch, key)
+
+    def accumulate(carry, inputs):
+        loss, gradients, finite, loss_scale = carry
+        index, micro_batch = inputs
+        micro_batch = {name: constrain(array, 'batch', 'time') for name, array in micro_batch.items()}
+        more = value_and_grad(loss_scale, micro_batch, jax.random.fold_in(key, index))
+        gradients = jax.tree.map(jnp.add, gradients, more[1])
+        return (loss + more[0], gradients, finite & more[2], more[3]), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    carry = (jnp.zeros(()), zeros, jnp.array(True), state.loss_scale)
+    inputs = (jnp.arange(accumulation_steps), _micro_batches(batch, accumulation_steps))
+    return jax.lax.scan(accumulate, carry, inputs)[0]
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """[batch, time] -> [count, batch / count, time], every count-th row in one, so that no row changes its device."""
+    return {name: jnp.moveaxis(array.reshape(-1, count, array.shape[1]), 1, 0) for name, array in batch.items()}
+
+
+def _apply(optimizer, schedule, state: TrainState, loss, gradients, finite, loss_scale):
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        'loss': loss,
+        'grad_norm': optax.global_norm(gradients),
+        'learning_rate': schedule(state.step - state.skipped),
+    }
+    skipped = state.skipped
+    if loss_scale is not None:
+        # Overflow under fp16 is part of the search for the scale: such a step leaves everything as it was.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        skipped = skipped + jnp.where(finite, 0, 1)
+        metrics |= {'loss_scale': loss_scale.scale, 'skipped_steps': skipped}
+    return TrainState(state.step + 1, skipped, params, opt_state, loss_scale), metrics
+
+
+def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """The jitted (params, batch) -> `loss` summed in nats and `tokens` counted, both over weights of 1.
+
+    The batch holds `tokens` and `targets`, int32, and `weights`, float32 0 or 1, all [batch, time].
+    """
+
+    def eval_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        with activate(mesh):
+            losses_BT = model.apply({'params': params}, batch['tokens'], batch['targets'], method='token_losses')
+            return {'loss': jnp.sum(losses_BT * batch['weights']), 'tokens': jnp.sum(batch['weights'])}
+
+    return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=compiler_options())
+
+
+def make_put_batch(mesh: Mesh, batch_size: int) -> Callable[[dict[str, Any]], Batch]:
+    """Moves this process's rows of a batch to its devices, as one global array over all of them."""
+    sharding = batch_sharding(mesh)
+    if batch_size % (mesh.shape['data'] * mesh.shape['fsdp']):
+        # Evaluation's batches may be smaller than the mesh is wide.
+        sharding = NamedSharding(mesh, PartitionSpec())
+
+    def put(batch: dict[str, Any]) -> Batch:
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+    return put
