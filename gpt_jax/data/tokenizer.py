@@ -1,0 +1,247 @@
+"""Text <-> token ids: byte-level BPE, characters, or GPT-2's own vocabulary, behind one class."""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from gpt_jax.data.files import replacing
+from gpt_jax.errors import InputError
+
+END_OF_TEXT = '<|endoftext|>'
+UNKNOWN = '<|unknown|>'
+SMALLEST_BPE = 257  # the 256 bytes and end of text
+GPT2_REPOSITORY = 'openai-community/gpt2'
+
+
+class Tokenizer:
+    """A vocabulary with its rules for cutting text, and the id that separates documents.
+
+    `encode` never gives the end-of-text id: a user's literal `<|endoftext|>` is cut like any other text, and
+    only code that means the separator writes `end_of_text`. With byte-level vocabularies `decode(encode(text))` is
+    `text` for every string; with characters it is for strings of known characters, and every other character becomes
+    the one unknown token.
+
+    Attributes:
+      vocab_size: ids are in [0, vocab_size).
+      end_of_text: the id that ends every document.
+      fingerprint: hex sha256 of the vocabulary and rules; the same tokenizer has the same one.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        # Not stored in the file, so set wherever one is made or read: without it a literal `<|endoftext|>` in
+        # somebody's text would end the document.
+        inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
+        end_of_text = inner.token_to_id(END_OF_TEXT)
+        if end_of_text is None:
+            raise InputError(f'the tokenizer has no {END_OF_TEXT} token, which separates documents: use another one')
+        self._inner = inner
+        self.end_of_text: int = end_of_text
+        self.vocab_size: int = max(inner.get_vocab().values()) + 1  # the greatest id counts, should there be gaps
+        canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True, separators=(',', ':'))
+        self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def kind(self) -> str:
+        """'char', 'gpt2' (by size and place of end of text) or 'bpe' for every other one."""
+        if isinstance(self._inner.model, models.WordLevel):
+            return 'char'
+        return 'gpt2' if (self.vocab_size, self.end_of_text) == (50257, 50256) else 'bpe'
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. Raises InputError where it holds a lone surrogate, which no encoding can store."""
+        _check_text(text)
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        for text in texts:
+            _check_text(text)
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, end of text included; bytes that are no UTF-8 become U+FFFD.
+
+        Raises InputError on an id outside of [0, vocab_size).
+        """
+        ids = [self._checked(id_) for id_ in ids]
+        return self._inner.decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes that one token stands for: they may end in the middle of a character.
+
+        Raises InputError on an id outside of [0, vocab_size).
+        """
+        token = self._inner.id_to_token(self._checked(id_))
+        if token is None:  # a gap in a foreign vocabulary
+            return b''
+        if self.kind == 'char':
+            return token.encode()
+        return bytes(_byte_of_symbol()[symbol] for symbol in token)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as the `tokenizer.json` that Hugging Face's libraries read."""
+        return self._inner.to_str()
+
+    @classmethod
+    def from_json(cls, text: str) -> 'Tokenizer':
+        """The tokenizer that `to_json` wrote. Raises InputError on anything else."""
+        try:
+            inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exceptions, for bad JSON and bad content alike
+            raise InputError(f'not a tokenizer.json: {_first_line(error)}; prepare the data again') from None
+        return cls(inner)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `to_json` to `path`, whole or not at all."""
+        with replacing(path) as file:
+            file.write(self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> 'Tokenizer':
+        """Reads a `tokenizer.json`. Raises InputError, naming the file, where it is missing or damaged."""
+        try:
+            text = pathlib.Path(path).read_bytes().decode()
+        except OSError as error:
+            raise InputError(f'{path}: cannot be read ({error.strerror}); name an existing tokenizer.json') from None
+        except UnicodeDecodeError:
+            raise InputError(f'{path}: not a tokenizer.json, as it is not UTF-8; replace it') from None
+        try:
+            return cls.from_json(text)
+        except InputError as error:
+            raise InputError(f'{path}: {error}') from None
+
+    def _checked(self, id_: int) -> int:
+        id_ = int(id_)
+        if not 0 <= id_ < self.vocab_size:
+            raise InputError(f'token id {id_}: outside of the vocabulary, use 0 to {self.vocab_size - 1}')
+        return id_
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE as GPT-2 has it, learned from `documents`; the same documents give the same tokenizer.
+
+    The vocabulary is `<|endoftext|>`, the 256 bytes and merges up to `vocab_size` tokens, or fewer where the text has
+    no more pairs to merge.
+
+    Raises InputError where `vocab_size` is below 257.
+    """
+    if vocab_size < SMALLEST_BPE:
+        raise InputError(f'data.vocab_size={vocab_size}: too few for 256 bytes and {END_OF_TEXT}; use at least 257')
+    inner = tokenizers.Tokenizer(models.BPE())
+    _make_byte_level(inner)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(_checked_texts(documents), trainer)
+    return Tokenizer(inner)
+
+
+def train_char(documents: Iterable[str]) -> Tokenizer:
+    """One token for each character of `documents`, by code point, then the unknown token and end of text.
+
+    The unknown token stands for every character that `documents` does not have: validation text and prompts may.
+    """
+    characters = set()
+    for text in _checked_texts(documents):
+        characters.update(text)
+    vocabulary = {character: id_ for id_, character in enumerate(sorted(characters))} | {UNKNOWN: len(characters)}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(''), 'isolated')
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(inner)
+
+
+def gpt2(source: str | os.PathLike = 'gpt2') -> Tokenizer:
+    """GPT-2's tokenizer: `source` is 'gpt2' (the Hugging Face hub, or its cache) or a directory.
+
+    A directory holds `tokenizer.json`, or GPT-2's vocabulary as `encoder.json` (`vocab.json`) with `vocab.bpe`
+    (`merges.txt`).
+
+    Raises InputError where the hub cannot be reached, or a file is missing or damaged.
+    """
+    if source == 'gpt2':
+        return Tokenizer.load(_download_gpt2())
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        raise InputError(f'data.tokenizer={source}: no such directory; use bpe, char, gpt2 or an existing directory')
+    if (folder / 'tokenizer.json').is_file():
+        return Tokenizer.load(folder / 'tokenizer.json')
+    vocabulary = _first_file(folder, 'encoder.json', 'vocab.json')
+    merges = _first_file(folder, 'vocab.bpe', 'merges.txt')
+    try:
+        inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # the library raises bare Exceptions
+        raise InputError(f'{vocabulary} with {merges}: not a BPE vocabulary ({_first_line(error)})') from None
+    _make_byte_level(inner)
+    inner.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(inner)
+
+
+def _make_byte_level(inner: tokenizers.Tokenizer) -> None:
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+
+
+def _first_file(folder: pathlib.Path, *names: str) -> pathlib.Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f'data.tokenizer={folder}: has no {" or ".join(names)}; add it, or a tokenizer.json')
+
+
+def _download_gpt2() -> str:
+    import huggingface_hub  # comes with tokenizers; needed here alone
+
+    try:
+        return huggingface_hub.hf_hub_download(GPT2_REPOSITORY, 'tokenizer.json', local_files_only=True)
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        pass  # not in the cache of the hub's client yet
+    try:
+        # Asked first because it fails at once where the hub is out of reach; the download retries for 23 s.
+        huggingface_hub.HfApi().model_info(GPT2_REPOSITORY, timeout=10)
+        return huggingface_hub.hf_hub_download(GPT2_REPOSITORY, 'tokenizer.json')
+    except Exception as error:  # of httpx, requests, the client or the system, by version: without a common base
+        raise InputError(
+            f'data.tokenizer=gpt2: cannot load {GPT2_REPOSITORY} ({type(error).__name__}: {_first_line(error)}); '
+            'connect to the hub, see that HF_HUB_OFFLINE is not set, or name a directory: --config.data.tokenizer=DIR'
+        ) from error
+
+
+@functools.cache
+def _byte_of_symbol() -> dict[str, int]:
+    """GPT-2 writes printable bytes as themselves and the n-th other one as the character 256 + n."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    printable = {chr(byte): byte for byte in range(256) if chr(byte) in alphabet}
+    others = (byte for byte in range(256) if byte not in printable.values())
+    return printable | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _checked_texts(documents: Iterable[str]) -> Iterator[str]:
+    for text in documents:
+        _check_text(text)
+        yield text
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f'text: lone surrogate {text[error.start]!a} at character {error.start} is not a character; remove it'
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
