@@ -1,0 +1,282 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_jax.data import DataConfig, Tokenizer, corpora, encoding, pipeline, prepare, python_docs
+from gpt_jax.data.tokenizer import train_char
+from gpt_jax.errors import InputError
+
+FILES = ['manifest.json', 'tokenizer.json', 'train.bin', 'validation.bin']
+
+
+def quiet(line):
+    assert '\n' not in line
+
+
+@pytest.fixture
+def config(tmp_path, sample_text):
+    """A small text file with a cache of its own, not made yet."""
+    path = tmp_path / 'text.txt'
+    path.write_text(sample_text, encoding='utf-8')
+    return DataConfig('text', str(path), vocab_size=300, cache_dir=str(tmp_path / 'cache'))
+
+
+def folders(config):
+    return sorted(os.listdir(config.cache_dir))
+
+
+def refusal(config):
+    with pytest.raises(InputError) as caught:
+        prepare(config, log=quiet)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_embedded_corpus_comes_back_from_its_shards(prepared_docs):
+    _, prepared, _ = prepared_docs
+    for split, shard in (('train', prepared.train), ('validation', prepared.validation)):
+        documents = list(corpora.load('python_docs').documents(split))
+        assert prepared.tokenizer.decode(shard.tokens) == ''.join(text + '<|endoftext|>' for text in documents)
+        assert np.count_nonzero(shard.tokens == prepared.tokenizer.end_of_text) == len(documents)
+        assert shard.tokens[-1] == prepared.tokenizer.end_of_text
+        size = prepared.train_bytes if split == 'train' else prepared.validation_bytes
+        assert size == sum(len(text.encode()) for text in documents)
+
+
+def test_one_line_is_logged_for_each_stage(prepared_docs):
+    _, prepared, lines = prepared_docs
+    assert [line.split(':')[0] for line in lines] == ['tokenizer', 'python_docs', 'tokens']
+    assert lines[0].startswith('tokenizer: bpe, 512 tokens')
+    assert lines[1].endswith(f' {(prepared.train_bytes + prepared.validation_bytes) / 1e6:.1f} MB')
+
+
+def test_prepared_data_is_reused_without_reading_the_corpus(prepared_docs, monkeypatch):
+    cache, first, _ = prepared_docs
+    monkeypatch.setattr(python_docs, 'documents', lambda: pytest.fail('the corpus was read'))
+    lines = []
+    start = time.perf_counter()
+    second = prepare(DataConfig(vocab_size=512, cache_dir=str(cache)), log=lines.append)
+    assert time.perf_counter() - start < 1.0
+    assert lines == [f'data: reused from {first.folder}']
+    assert (second.fingerprint, second.train_bytes, second.validation_bytes) == (
+        first.fingerprint,
+        first.train_bytes,
+        first.validation_bytes,
+    )
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    np.testing.assert_array_equal(second.validation.tokens, first.validation.tokens)
+
+
+def test_folder_holds_four_files_and_its_manifest_tells_the_counts(config):
+    prepared = prepare(config, log=quiet)
+    assert sorted(os.listdir(prepared.folder)) == FILES
+    manifest = json.loads((prepared.folder / 'manifest.json').read_text())
+    assert manifest['documents'] == {'train': 1, 'validation': 1}
+    assert manifest['tokens'] == {'train': len(prepared.train), 'validation': len(prepared.validation)}
+    assert manifest['bytes'] == {'train': prepared.train_bytes, 'validation': prepared.validation_bytes}
+    assert manifest['fingerprint'] == prepared.fingerprint
+
+
+def test_same_data_has_the_same_fingerprint_in_another_cache(config, tmp_path):
+    other = dataclasses.replace(config, cache_dir=str(tmp_path / 'other'))
+    assert prepare(config, log=quiet).fingerprint == prepare(other, log=quiet).fingerprint
+
+
+@pytest.mark.parametrize('change', [{'tokenizer': 'char'}, {'vocab_size': 290}])
+def test_another_tokenizer_is_other_data(config, change):
+    first = prepare(config, log=quiet)
+    other = prepare(dataclasses.replace(config, **change), log=quiet)
+    assert other.fingerprint != first.fingerprint
+    assert other.folder != first.folder
+
+
+def test_changed_text_is_prepared_anew(config, sample_text):
+    first = prepare(config, log=quiet)
+    with open(config.path, 'a', encoding='utf-8') as file:
+        file.write('One more line.')
+    second = prepare(config, log=quiet)
+    assert second.fingerprint != first.fingerprint
+    assert second.tokenizer.decode(second.validation.tokens).endswith('One more line.<|endoftext|>')
+
+
+def test_char_tokenizer_covers_validation_text_it_never_saw(config):
+    with open(config.path, 'a', encoding='utf-8') as file:
+        file.write('\u2603')
+    prepared = prepare(dataclasses.replace(config, tokenizer='char'), log=quiet)
+    assert prepared.tokenizer.decode(prepared.validation.tokens).endswith('<|unknown|><|endoftext|>')
+
+
+def test_tokenizer_directory_is_used_and_its_content_is_the_key(config, tmp_path):
+    folder = tmp_path / 'tokenizer'
+    folder.mkdir()
+    train_char(['abcdefg ']).save(folder / 'tokenizer.json')
+    config = dataclasses.replace(config, tokenizer=str(folder))
+    first = prepare(config, log=quiet)
+    assert first.tokenizer.fingerprint == Tokenizer.load(folder / 'tokenizer.json').fingerprint
+    train_char(['abcdefgh ']).save(folder / 'tokenizer.json')
+    assert prepare(config, log=quiet).folder != first.folder
+
+
+def test_a_given_tokenizer_is_used_instead_of_the_configured_one(config):
+    given_one = train_char(['abcdefg '])
+    prepared = prepare(config, given_one, log=quiet)
+    assert prepared.tokenizer.fingerprint == given_one.fingerprint
+    assert prepare(config, log=quiet).tokenizer.fingerprint != given_one.fingerprint
+    assert prepare(config, given_one, log=quiet).folder == prepared.folder
+
+
+def test_resuming_with_the_tokenizer_made_here_reuses_its_shards(config):
+    first = prepare(config, log=quiet)
+    lines = []
+    assert prepare(config, first.tokenizer, log=lines.append).folder == first.folder
+    assert lines == [f'data: reused from {first.folder}']
+    assert len(folders(config)) == 1
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_deleted_file_is_made_anew(config, name):
+    first = prepare(config, log=quiet)
+    (first.folder / name).unlink()
+    second = prepare(config, log=quiet)
+    assert second.fingerprint == first.fingerprint
+    assert folders(config) == [first.folder.name]
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_truncated_file_is_refused_by_name(config, name):
+    folder = prepare(config, log=quiet).folder
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) - 3])
+    assert refusal(config).startswith(f'{folder / name}: ')
+
+
+@pytest.mark.parametrize(
+    'damage', [{'tokens': {'train': 1, 'validation': 1}}, {'bytes': {}}, {'fingerprint': 'x'}, {'bytes': None}]
+)
+def test_manifest_that_does_not_fit_its_data_is_refused(config, damage):
+    folder = prepare(config, log=quiet).folder
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    (folder / 'manifest.json').write_text(json.dumps(manifest | damage))
+    message = refusal(config)
+    assert message.startswith(str(folder))
+    assert 'delete it' in message
+
+
+def test_exchanged_tokenizer_is_refused(config):
+    folder = prepare(config, log=quiet).folder
+    train_char(['abc']).save(folder / 'tokenizer.json')
+    assert refusal(config).startswith(f'{folder / "tokenizer.json"}: not the tokenizer')
+
+
+def test_kill_in_the_middle_leaves_nothing_that_passes_for_finished(config):
+    code = (
+        'import os, signal, sys\n'
+        'from gpt_jax.data import DataConfig, pipeline, prepare\n'
+        'def write_half(path, chunks, *args, write=pipeline.write_shard):\n'
+        '    def dying():\n'
+        '        yield next(iter(chunks))\n'
+        '        if path.name == "validation.bin": os.kill(os.getpid(), signal.SIGKILL)\n'
+        '    return write(path, dying(), *args)\n'
+        'pipeline.write_shard = write_half\n'
+        'prepare(DataConfig("text", sys.argv[1], vocab_size=300, cache_dir=sys.argv[2]))\n'
+    )
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
+    command = [sys.executable, '-c', code, config.path, config.cache_dir]
+    assert subprocess.run(command, check=False, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    (left,) = folders(config)
+    assert '.tmp-' in left
+    lines = []
+    prepared = prepare(config, log=lines.append)
+    assert len(lines) == 3  # made, not reused
+    assert folders(config) == sorted([prepared.folder.name, left])  # it might belong to a living process
+
+
+def test_leftovers_are_removed_after_a_day(config):
+    prepare(config, log=quiet)
+    for name, age in (('x.tmp-00', 25), ('y.tmp-00', 23)):
+        leftover = os.path.join(config.cache_dir, name)
+        os.mkdir(leftover)
+        os.utime(leftover, (0, time.time() - age * 3600))
+    prepared = prepare(dataclasses.replace(config, tokenizer='char'), log=quiet)
+    assert 'x.tmp-00' not in folders(config)
+    assert {'y.tmp-00', prepared.folder.name} < set(folders(config))
+
+
+def test_failure_in_the_middle_leaves_no_folder(config, monkeypatch):
+    monkeypatch.setattr(pipeline, 'write_shard', lambda *args: (_ for _ in ()).throw(RuntimeError('disk on fire')))
+    with pytest.raises(RuntimeError, match='on fire'):
+        prepare(config, log=quiet)
+    assert folders(config) == []
+
+
+def test_two_processes_at_once_end_with_one_good_folder(config):
+    nested = []
+
+    def log(line):  # the second one starts and ends while the first is at work
+        if not nested:
+            nested.append(None)
+            nested[0] = prepare(config, log=quiet)
+
+    outer = prepare(config, log=log)
+    assert outer.folder == nested[0].folder
+    assert folders(config) == [outer.folder.name]
+    np.testing.assert_array_equal(outer.train.tokens, nested[0].train.tokens)
+
+
+@pytest.mark.parametrize(
+    ('change', 'says'),
+    [
+        ({'corpus': 'nope'}, 'data.corpus=nope'),
+        ({'path': '/nowhere/x.txt'}, 'data.path=/nowhere/x.txt'),
+        ({'tokenizer': 'bpee'}, 'data.tokenizer=bpee'),
+        ({'vocab_size': 256}, 'data.vocab_size=256'),
+    ],
+)
+def test_bad_configuration_is_refused_by_key_before_anything_is_written(config, change, says):
+    config = dataclasses.replace(config, **change)
+    assert says in refusal(config)
+    assert not os.path.exists(config.cache_dir)
+
+
+def test_cache_that_cannot_be_written_is_refused_by_key(config):
+    assert 'data.cache_dir=' in refusal(dataclasses.replace(config, cache_dir=config.path))
+
+
+def test_default_cache_is_in_the_users_cache_folder(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline.platformdirs, 'user_cache_dir', lambda name: str(tmp_path / name))
+    prepared = prepare(dataclasses.replace(config, cache_dir=None), log=quiet)
+    assert prepared.folder.parent == tmp_path / 'gpt_jax' / 'data'
+
+
+@given(st.text(alphabet=st.sampled_from("ab' .,1é\n\n\r\t\u3000\u0085\x1c"), max_size=60), st.integers(1, 6))
+def test_pieces_of_a_document_have_the_ids_of_the_whole(small_bpe, text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, 'PIECE_CHARACTERS', size)
+        parts = list(encoding.pieces(text))
+    assert ''.join(parts) == text
+    assert [id_ for part in parts for id_ in small_bpe.encode(part)] == small_bpe.encode(text)
+
+
+def test_long_documents_are_cut_and_chunks_are_bounded(small_bpe, monkeypatch, sample_text):
+    monkeypatch.setattr(encoding, 'PIECE_CHARACTERS', 100)
+    monkeypatch.setattr(encoding, 'BATCH_CHARACTERS', 500)
+    documents = [sample_text, '', 'short', sample_text]
+    chunks = list(encoding.token_chunks(small_bpe, documents))
+    assert len(chunks) > 10
+    assert max(map(len, chunks)) < 1000
+    expected = [id_ for text in documents for id_ in [*small_bpe.encode(text), small_bpe.end_of_text]]
+    assert np.concatenate(chunks).tolist() == expected
+
+
+def test_tokenizer_learns_from_the_first_texts_up_to_its_limit():
+    assert list(encoding.up_to(5, ['abc', 'de', 'f'])) == ['abc', 'de']
+    assert list(encoding.up_to(4, iter(['abc', 'de', 'f']))) == ['abc', 'de']
