@@ -1,0 +1,16 @@
+"""Checkpoints: written while training goes on, checked when read, found by whatever name the user gives.
+
+A checkpoint is one folder, `WORKDIR/checkpoints/STEP`, and describes itself: the parameters, the optimizer's state, a
+JSON dict (`meta`: config, tokenizer, data fingerprint, versions) and a sha256 of every file. It can be copied anywhere.
+
+    with Checkpoints(workdir / 'checkpoints') as checkpoints:     # training: saves in the background
+        checkpoints.save(step, params, optimizer, meta, val_loss)
+        params, optimizer, meta = checkpoints.restore(step, abstract_params, abstract_optimizer)
+
+    loaded = load('runs/gpt2_small')                               # everyone else: loaded.params, loaded.meta
+"""
+
+from gpt_jax.checkpoints.manager import Checkpoints
+from gpt_jax.checkpoints.resolve import Loaded, Resolved, load, resolve
+
+__all__ = ['Checkpoints', 'Loaded', 'Resolved', 'load', 'resolve']

@@ -1,0 +1,206 @@
+"""Saving while training goes on, keeping the latest and the best, and resuming from one of them.
+
+What a kill at any moment leaves, and why it can always be resumed:
+  while orbax writes        a temporary folder, cleared away by orbax at the next save
+  before the manifest       a step folder without a manifest: does not count, is cleared away at the next save
+  while an old step goes    `STEP.removed`, renamed before its files go: does not count, cleared away as well
+orbax's own retention deletes old steps as soon as the new one is committed, when its manifest is not there yet; a kill
+in between would leave nothing to resume from. So orbax keeps everything, and old steps go here, after the manifest.
+"""
+
+import concurrent.futures
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from gpt_jax import __version__
+from gpt_jax.checkpoints import manifest, steps, trees
+from gpt_jax.errors import InputError
+
+REMOVED = '.removed'
+
+
+class Checkpoints:
+    """The checkpoints of one run: `folder/STEP` each, saved in the background.
+
+    A finished step is kept while it is one of the `keep_latest` newest or of the `keep_best` lowest in validation loss
+    (the earlier of two equals); the step just saved always stays. Nothing on disk changes before the first `save`.
+    In a run of several processes every process makes the same calls, and `folder` is on storage they share.
+    Raises InputError for keep_latest < 1 or keep_best < 0.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep_latest: int = 1, keep_best: int = 1):
+        if keep_latest < 1:
+            raise InputError(f'keep_latest={keep_latest}: at least 1 checkpoint must be kept to resume from')
+        if keep_best < 0:
+            raise InputError(f'keep_best={keep_best}: give 0 or more')
+        self.folder = pathlib.Path(folder).expanduser().resolve()
+        self.keep_latest, self.keep_best = keep_latest, keep_best
+        self._orbax: ocp.CheckpointManager | None = None
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
+        self._pending: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any], val_loss: float | None = None) -> bool:
+        """Start saving `step`; returns once the arrays may be donated, after waiting for the previous save.
+
+        `params` and `optimizer` are pytrees of arrays; an optimizer without any (None) is left out. `meta` is a JSON
+        dict; `step`, `val_loss` (None where not finite) and `versions` are added to it. A step that is already saved is
+        left as it is, and False returned. Raises what the previous save failed with, TypeError for a leaf or a meta
+        that cannot be stored, InputError where `folder/STEP` is something else.
+        """
+        self.wait()
+        if step in self.steps():
+            return False
+        params, optimizer = trees.storable(params), trees.storable(optimizer)
+        meta = {**meta, 'step': int(step), 'val_loss': steps.finite_or_none(val_loss), 'versions': _versions()}
+        json.dumps(meta)  # a meta that is not JSON is refused here, not later in the background
+        orbax = self._open()
+        if (self.folder / str(step)).exists():
+            raise InputError(f'{self.folder / str(step)} is in the way and no checkpoint: move it elsewhere')
+        items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
+        if jax.tree.leaves(optimizer):
+            items['optimizer'] = ocp.args.StandardSave(optimizer)
+        orbax.save(step, args=ocp.args.Composite(**items), force=True)
+        self._pending = self._finisher.submit(self._finish, step)
+        return True
+
+    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Read a finished step back: `(params, optimizer, meta)`, whole or not at all.
+
+        `params` and `optimizer` are the trees to fill, with a jax.ShapeDtypeStruct for every array; arrays go to its
+        `sharding`, or to the default device where it has none. Raises InputError in one line, naming the file or the
+        array, when the step is not there, a file is missing or damaged, or structure, a shape or a dtype differs.
+        """
+        self.wait()
+        if step not in self.steps():
+            available = ', '.join(map(str, self.steps())) or 'none'
+            raise InputError(f'{self.folder} has no checkpoint of step {step}: it has {available}')
+        step_folder = self.folder / str(step)
+        _verify_together(step_folder)
+        trees.check(step_folder, 'params', params)
+        trees.check(step_folder, 'optimizer', optimizer)
+        meta = self.read_meta(step)
+        restored = trees.read(step_folder, params=params, optimizer=optimizer)
+        return restored['params'], restored['optimizer'], meta
+
+    def steps(self) -> list[int]:
+        """The finished steps on disk, in ascending order; a save still in flight is not among them."""
+        return steps.finished(self.folder)
+
+    def latest_step(self) -> int | None:
+        """The highest finished step, or None."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The finished step of the lowest validation loss, the earlier of two equals; None where no step has one."""
+        losses = steps.val_losses(self.folder)
+        return min(losses, key=losses.get, default=None)
+
+    def best_loss(self) -> float | None:
+        """The lowest validation loss (nats a token, as given to `save`) of the finished steps, or None."""
+        return min(steps.val_losses(self.folder).values(), default=None)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The JSON dict of a finished step. Raises InputError where it is missing or damaged."""
+        return steps.read_meta(self.folder / str(step))
+
+    def wait(self) -> None:
+        """Return when every save is on disk with its manifest and old steps are gone; raise what a save failed with."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        finally:
+            if self._pending.done():  # not so when Ctrl-C ends the waiting: the save is still in flight then
+                self._pending = None
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices('gpt_jax.checkpoints.wait')  # the manifest is written by process 0
+
+    def close(self) -> None:
+        """Wait, then let go of threads. Raises what the last save failed with."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            if self._orbax is not None:
+                orbax, self._orbax = self._orbax, None
+                orbax.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._orbax is None:
+            if jax.process_index() == 0:
+                self._remove_leftovers()
+            # making the manager is a barrier between the processes: none looks at the folder before it is swept
+            options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
+            self._orbax = ocp.CheckpointManager(self.folder, options=options)
+        return self._orbax
+
+    def _finish(self, step: int) -> None:
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            manifest.write(self.folder / str(step))
+            for old in self._outdated(step):
+                _remove(self.folder / str(old))
+
+    def _outdated(self, saved: int) -> list[int]:
+        finished, losses = self.steps(), steps.val_losses(self.folder)
+        best = sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best]
+        keep = {saved, *finished[-self.keep_latest :], *best}
+        return [step for step in finished if step not in keep]
+
+    def _remove_leftovers(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            if path.name.endswith(REMOVED) and steps.is_step_name(path.name.removesuffix(REMOVED)):
+                shutil.rmtree(path)
+            elif steps.is_step_name(path.name) and _interrupted(path):
+                _remove(path)
+
+
+def _interrupted(step_folder: pathlib.Path) -> bool:
+    # only what orbax committed: a folder of another making keeps its place, and `save` names it
+    return (step_folder / '_CHECKPOINT_METADATA').exists() and not manifest.exists(step_folder)
+
+
+def _remove(step_folder: pathlib.Path) -> None:
+    removed = step_folder.with_name(step_folder.name + REMOVED)
+    os.replace(step_folder, removed)
+    shutil.rmtree(removed)
+
+
+def _verify_together(step_folder: pathlib.Path) -> None:
+    # each process hashes its share; all must agree, or those that found nothing would wait forever for the others
+    part = (jax.process_index(), jax.process_count())
+    problem = None
+    try:
+        manifest.verify(step_folder, part=part, way_out=steps.way_out(step_folder))
+    except InputError as error:
+        problem = error
+    if part[1] > 1:
+        damaged = np.flatnonzero(multihost_utils.process_allgather(np.asarray(problem is not None)))
+        if damaged.size and problem is None:
+            problem = InputError(f'{step_folder} is damaged, process {damaged[0]} names the file: see its message')
+    if problem is not None:
+        raise problem
+
+
+def _versions() -> dict[str, str]:
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {'gpt_jax': __version__, 'python': platform.python_version(), **versions}

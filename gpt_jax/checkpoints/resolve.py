@@ -1,0 +1,88 @@
+"""What a user may name as a checkpoint, and loading the parameters of what was named.
+
+Reading never writes: it works on a read-only folder, beside a running training, and on a copied step folder alone.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gpt_jax.checkpoints import manifest, steps, trees
+from gpt_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """One checkpoint on disk: its step folder (absolute), its step, and the workdir around it where there is one."""
+
+    folder: pathlib.Path
+    step: int
+    workdir: pathlib.Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """One checkpoint's parameters (nested dicts of jax arrays), its `meta`, its step and its step folder."""
+
+    params: Any
+    meta: dict[str, Any]
+    step: int
+    folder: pathlib.Path
+
+
+def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
+    """Find the checkpoint that `path` names: a workdir, its `checkpoints` folder, or a step folder anywhere.
+
+    Of several steps, the one of the lowest validation loss is taken, where any has one, else the latest; `step` names
+    another. Raises InputError when the path does not exist, holds no finished checkpoint, or lacks that step.
+    """
+    given, path = path, pathlib.Path(path).expanduser().resolve()
+    if not path.exists():
+        raise InputError(f'checkpoint {given} does not exist: give a workdir or a checkpoints/STEP folder')
+    if manifest.exists(path):
+        own_step = steps.read_meta(path)['step']
+        if step not in (None, own_step):
+            raise InputError(f'checkpoint {given} is step {own_step}, not {step}: give its workdir to choose a step')
+        return Resolved(path, own_step, _workdir(path.parent))
+    folder = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
+    finished = steps.finished(folder)
+    if not finished:
+        raise InputError(f'{given} holds no finished checkpoint: give a workdir or a checkpoints/STEP folder')
+    if step is None:
+        losses = steps.val_losses(folder)
+        step = min(losses, key=losses.get) if losses else finished[-1]
+    elif step not in finished:
+        raise InputError(f'{given} has no checkpoint of step {step}: it has {", ".join(map(str, finished))}')
+    return Resolved(folder / str(step), step, _workdir(folder))
+
+
+def load(
+    path: str | os.PathLike,
+    step: int | None = None,
+    sharding: jax.sharding.Sharding | Callable[[Any], Any] | None = None,
+) -> Loaded:
+    """Load the parameters of the checkpoint that `path` (and `step`) name, as `resolve` finds it; not the optimizer.
+
+    The tree is the checkpoint's own, whatever devices it was saved from. Arrays go to the default device, or where
+    `sharding` says: one sharding for all, or a function from the abstract tree (jax.ShapeDtypeStruct) to a tree of
+    shardings. Raises InputError as `resolve`, and when a file is missing or damaged.
+    """
+    found = resolve(path, step)
+    manifest.verify(found.folder, lambda name: not name.startswith('optimizer/'), way_out=steps.way_out(found.folder))
+    abstract = trees.stored(found.folder, 'params')
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(trees.default_device())
+    shardings = sharding(abstract) if callable(sharding) else jax.tree.map(lambda _: sharding, abstract)
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+    )
+    params = trees.read(found.folder, params=placed)['params']
+    return Loaded(params, steps.read_meta(found.folder), found.step, found.folder)
+
+
+def _workdir(folder: pathlib.Path) -> pathlib.Path | None:
+    return folder.parent if folder.name == 'checkpoints' else None
