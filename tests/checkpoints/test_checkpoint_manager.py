@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -298,4 +297,3 @@ def test_the_manifest_lists_every_file_that_orbax_wrote(saved):
     listed = set(json.loads((folder / '1' / manifest.NAME).read_text())['files'])
     there = {path.relative_to(folder / '1').as_posix() for path in (folder / '1').rglob('*') if path.is_file()}
     assert there == listed | {manifest.NAME}
-    shutil.rmtree(folder)
