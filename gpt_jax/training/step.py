@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gpt_jax.models import GPT
 from gpt_jax.parallel import activate, batch_sharding, constrain, replicated
@@ -134,12 +134,9 @@ def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Any, Batch], dict[str, j
     return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=compiler_options())
 
 
-def make_put_batch(mesh: Mesh, batch_size: int) -> Callable[[dict[str, Any]], Batch]:
+def make_put_batch(mesh: Mesh) -> Callable[[dict[str, Any]], Batch]:
     """Moves this process's rows of a batch to its devices, as one global array over all of them."""
     sharding = batch_sharding(mesh)
-    if batch_size % (mesh.shape['data'] * mesh.shape['fsdp']):
-        # Evaluation's batches may be smaller than the mesh is wide.
-        sharding = NamedSharding(mesh, PartitionSpec())
 
     def put(batch: dict[str, Any]) -> Batch:
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

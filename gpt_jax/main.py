@@ -1,0 +1,54 @@
+"""Train a GPT.
+
+    python -m gpt_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
+
+The same command again resumes where the run stopped. configs/base.py describes every key;
+--config=configs/gpt3.py:1.3b passes a config its argument. Ctrl-C and SIGTERM save and exit (130, 143). On several
+hosts the same command runs on each, with --distributed; jax finds the others by itself on TPU pods, SLURM and the like,
+elsewhere name them with --coordinator, --num_processes and --process_id.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from gpt_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run (default: runs/<config name>)')
+DISTRIBUTED = flags.DEFINE_bool('distributed', False, "one of several processes: start jax's distributed runtime")
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'with --distributed: HOST:PORT of process 0')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'with --distributed: how many processes there are')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --distributed: which of them this is, from 0')
+
+
+def main() -> int:
+    """Trains, and returns the exit status."""
+    from gpt_jax.errors import InputError
+
+    if CONFIG.value is None:
+        raise InputError('--config is missing; try --config=configs/quickstart.py')
+    cli.use_compilation_cache()
+    if DISTRIBUTED.value:
+        import jax
+
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    from gpt_jax.inference import sample_text
+    from gpt_jax.training import prefer_overrides, train
+
+    prefer_overrides(CONFIG.value, config_flags.get_override_values(flags.FLAGS['config']))
+    workdir = WORKDIR.value or f'runs/{_config_name()}'
+    result = train(CONFIG.value, workdir, sample=sample_text)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def _config_name() -> str:
+    """'configs/gpt3.py:1.3b' -> 'gpt3-1.3b'."""
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+    name = pathlib.Path(path).stem
+    return f'{name}-{argument}' if argument else name
+
+
+if __name__ == '__main__':
+    cli.run(main, __doc__, ('config', 'workdir', 'distributed', 'coordinator', 'num_processes', 'process_id'))

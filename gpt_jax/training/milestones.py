@@ -1,0 +1,131 @@
+"""What is due between steps: evaluation, previews, checkpoints."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+from gpt_jax.checkpoints import Checkpoints
+from gpt_jax.data import Tokenizer
+from gpt_jax.models import GPT
+from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
+from gpt_jax.training.metrics import MetricsLog
+from gpt_jax.training.progress import Progress
+from gpt_jax.training.setup import Experiment, is_first_process
+from gpt_jax.training.state import TrainState
+from gpt_jax.training.step import make_eval_step, make_put_batch
+from gpt_jax.training.stopping import StopRequest
+from gpt_jax.training.workdir import SampleLog
+
+
+class Sampler(Protocol):
+    """Writes a sampled preview, as `gpt_jax.inference.sample_text`; handed in, since training knows no inference."""
+
+    def __call__(
+        self,
+        model: GPT,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        prompt: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        seed: int,
+    ) -> str:
+        """Prompt and continuation."""
+
+
+class Milestones:
+    """Knows which steps something follows, and does it."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        checkpoints: Checkpoints,
+        total: int,
+        sample: Sampler | None,
+        log: MetricsLog | None,
+        progress: Progress,
+        start: int,
+    ):
+        self._experiment, self._checkpoints, self._total = experiment, checkpoints, total
+        self._sample, self._log, self._progress = sample, log, progress
+        self._samples = SampleLog(experiment.workdir, start) if is_first_process() else None
+        run = experiment.run
+        self._every = {'eval': run.eval.every_steps, 'preview': run.preview.every_steps}
+        self._every['checkpoint'] = run.checkpoint.every_steps
+        self._eval_batch_size = run.eval.batch_size or run.train.batch_size // run.train.accumulation_steps
+        self._eval_step = make_eval_step(experiment.model, experiment.mesh)
+        self._put_batch = make_put_batch(experiment.mesh)
+        self._teacher_forced = make_teacher_forced_preview(experiment.model, experiment.data)
+        self._description = experiment.describe()
+        self._best_loss = checkpoints.best_loss()
+        self.val_loss: float | None = None
+
+    def due(self, step: int, *kinds: str) -> bool:
+        """Whether any of `kinds` ('eval', 'preview', 'checkpoint'; none given: all) follows `step`."""
+        every = (self._every[kind] for kind in kinds or self._every)
+        return step == self._total or any(count > 0 and step % count == 0 for count in every)
+
+    def reach(self, step: int, state: TrainState, stop: StopRequest, stopped: bool) -> bool:
+        """Does what is due after `step`, and saves where the run is to stop; returns whether it is."""
+        val_loss, improved = None, False
+        if self.due(step, 'eval'):
+            val_loss, improved = self._evaluate(step, state, stop)
+            # An evaluation that was broken off is made up for on resume, so nothing may come after this step.
+            stopped = stopped or val_loss is None
+        if self.due(step, 'preview') and not (self.due(step, 'eval') and val_loss is None):
+            self._preview(step, state)
+        if stopped or improved or self.due(step, 'checkpoint'):
+            if self._log is not None:
+                self._log.sync()
+            self._checkpoints.save(step, state.params, state.optimizer, self._description, val_loss)
+        return stopped
+
+    def catch_up(self, step: int, state: TrainState, stop: StopRequest) -> bool:
+        """Does what a run that was stopped during an evaluation left undone; returns whether to stop again."""
+        missing = self.due(step, 'eval') and self._log is not None and step not in self._log.evaluated
+        # Several processes never break an evaluation off.
+        if not missing or jax.process_count() > 1:
+            return False
+        return self.reach(step, state, stop, stopped=False)
+
+    def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> tuple[float | None, bool]:
+        e = self._experiment
+        alone = jax.process_count() == 1
+        values = evaluate(
+            self._eval_step,
+            self._put_batch,
+            state.params,
+            e.data,
+            self._eval_batch_size,
+            e.run.model.block_size,
+            should_stop=lambda: alone and stop.signal is not None,
+        )
+        if values is None:
+            return None, False
+        self.val_loss = values['val_loss']
+        if self._log is not None:
+            self._log.write({'step': step, **values})
+        self._progress.line(
+            f'step {step}/{self._total}  validation loss {values["val_loss"]:.4f}  '
+            f'perplexity {values["val_perplexity"]:.2f}  {values["val_bits_per_byte"]:.4f} bits per byte'
+        )
+        improved = self._best_loss is None or self.val_loss < self._best_loss
+        if improved:
+            self._best_loss = self.val_loss
+        return self.val_loss, improved and e.run.checkpoint.keep_best > 0
+
+    def _preview(self, step: int, state: TrainState) -> None:
+        e = self._experiment
+        previews = self._teacher_forced(state.params)
+        if self._sample is not None:
+            settings = dataclasses.asdict(e.run.preview)
+            del settings['every_steps']
+            sampled = self._sample(e.model, state.params, e.data.tokenizer, seed=e.run.train.seed, **settings)
+            previews['sampled'] = sampled
+            if step == self._total:
+                self._progress.line(f'sample:\n{sampled}')
+        if self._samples is not None:
+            self._samples.write(step, previews)
