@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from gpt_jax.errors import InputError
 
@@ -32,18 +33,51 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
     except KeyboardInterrupt:
         print('interrupted; nothing was in progress that needed saving', file=sys.stderr)
         sys.exit(130)
-    except (InputError, flags.Error) as error:
-        _complain(error)
-    except (AttributeError, KeyError, TypeError, FileNotFoundError, ImportError, SyntaxError) as error:
-        # ml_collections lets these out for a mistyped key or a wrong file; any other place is a bug of ours.
+    except InputError as error:
+        _complain(str(error))
+    except flags.Error as error:
+        # A config that raises comes with its whole traceback as the message.
+        text = str(error)
+        _complain(text.strip().splitlines()[-1] if 'Traceback' in text else text)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        # ml_collections lets these out for a mistyped key or a config that fails; later ones are bugs of ours.
         if flags.FLAGS.is_parsed():
             raise
-        _complain(error)
+        _complain(_explain(error))
 
 
-def _complain(error: Exception) -> None:
-    message = ' '.join(str(error).split()) or type(error).__name__
-    print(f'error: {message}', file=sys.stderr)
+def read_config(flag: flags.FlagHolder) -> ConfigDict:
+    """The value of a config flag.
+
+    Raises:
+      InputError: the flag is missing, or names a file that does not exist.
+    """
+    if flag.value is None:
+        raise InputError(f'--{flag.name} is missing; try --{flag.name}=configs/quickstart.py')
+    try:
+        flag.value.to_dict()
+    except OSError:
+        # A file that cannot be opened is reported on first use alone.
+        name = config_flags.get_config_filename(flags.FLAGS[flag.name])
+        raise InputError(f'--{flag.name}={name} cannot be opened; name a file of configs/') from None
+    return flag.value
+
+
+def _explain(error: Exception) -> str:
+    """One line for what ml_collections raises while flags are parsed, with the flag it is about."""
+    text = str(error.args[0] if error.args else error)
+    missing = re.match(r"[\W]*'(\w+)\W", text)
+    if missing:
+        hint = re.search(r'Did you mean "(\w+)"', text)
+        wrong = [a.split('=')[0] for a in sys.argv[1:] if re.search(rf'\.{missing[1]}$', a.split('=')[0])]
+        advice = f'did you mean {hint[1]}?' if hint else 'configs/base.py lists the keys'
+        return f'{wrong[0] if wrong else missing[1]}: there is no such key; {advice}'
+    given = [a for a in sys.argv[1:] if a.startswith('--config')]
+    return f'{" ".join(given)}: {type(error).__name__}: {text}'
+
+
+def _complain(message: str) -> None:
+    print(f'error: {" ".join(message.split())}', file=sys.stderr)
     sys.exit(1)
 
 

@@ -25,10 +25,7 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --distributed: which
 
 def main() -> int:
     """Trains, and returns the exit status."""
-    from gpt_jax.errors import InputError
-
-    if CONFIG.value is None:
-        raise InputError('--config is missing; try --config=configs/quickstart.py')
+    config = cli.read_config(CONFIG)
     cli.use_compilation_cache()
     if DISTRIBUTED.value:
         import jax
@@ -37,9 +34,9 @@ def main() -> int:
     from gpt_jax.inference import sample_text
     from gpt_jax.training import prefer_overrides, train
 
-    prefer_overrides(CONFIG.value, config_flags.get_override_values(flags.FLAGS['config']))
+    prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     workdir = WORKDIR.value or f'runs/{_config_name()}'
-    result = train(CONFIG.value, workdir, sample=sample_text)
+    result = train(config, workdir, sample=sample_text)
     return 0 if result.signal is None else 128 + result.signal
 
 

@@ -1,0 +1,28 @@
+"""GPT-3 of any size, by the paper's recipe.
+
+    python -m gpt_jax.main --config=configs/gpt3.py:1.3b --config.mesh.fsdp=8
+
+SIZE is one of the paper's 125m 350m 760m 1.3b 2.7b 6.7b 13b 175b, or of the PyTorch suite's ada babbage curie davinci.
+300 billion tokens; the paper's corpus is not public, OpenWebText stands in for it.
+"""
+
+import ml_collections
+
+from configs import base
+
+SIZES = ('125m', '350m', '760m', '1.3b', '2.7b', '6.7b', '13b', '175b', 'ada', 'babbage', 'curie', 'davinci')
+
+
+def get_config(size: str = '125m') -> ml_collections.ConfigDict:
+    """Everything that the paper tells is in the gpt3 recipe (gpt_jax/training/recipe.py)."""
+    if size not in SIZES:
+        raise ValueError(f'there is no size {size!r}; choose one of {", ".join(SIZES)}')
+    config = base.get_config()
+    config.model.update(version='gpt3', preset=f'gpt3-{size}', scan_layers=True)
+    config.data.update(corpus='openwebtext', tokenizer='gpt2')
+    config.train.tokens = 300_000_000_000  # paper: GPT-3, table 2.1
+    config.precision.compute = 'bf16'
+    config.eval.every_steps = 5000
+    config.checkpoint.every_steps = 5000
+    config.preview.every_steps = 5000
+    return config
