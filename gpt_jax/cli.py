@@ -69,7 +69,7 @@ def _explain(error: Exception) -> str:
     missing = re.match(r"[\W]*'(\w+)\W", text)
     if missing:
         hint = re.search(r'Did you mean "(\w+)"', text)
-        wrong = [a.split('=')[0] for a in sys.argv[1:] if re.search(rf'\.{missing[1]}$', a.split('=')[0])]
+        wrong = [a.split('=')[0] for a in sys.argv[1:] if re.search(rf'\.{missing[1]}(\.|$)', a.split('=')[0])]
         advice = f'did you mean {hint[1]}?' if hint else 'configs/base.py lists the keys'
         return f'{wrong[0] if wrong else missing[1]}: there is no such key; {advice}'
     given = [a for a in sys.argv[1:] if a.startswith('--config')]

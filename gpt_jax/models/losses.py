@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gpt_jax.models.layers import contract_tokens
 from gpt_jax.parallel import constrain
 
 # Logits alive at once, in elements per chunk of time: 32 MB of float32.
@@ -80,7 +81,7 @@ def _backward(vocab_size, residuals, dlosses_BT):
         one_hot = jnp.arange(head_VD.shape[0]) == targets[..., None]
         dlogits = ((probabilities - one_hot) * dlosses[..., None]).astype(x.dtype)
         dx = jnp.einsum('BTV,VD->BTD', dlogits, head_VD.astype(x.dtype))
-        return dhead_VD + jnp.einsum('BTV,BTD->VD', dlogits, x, preferred_element_type=jnp.float32), dx
+        return dhead_VD + contract_tokens(dlogits, x), dx
 
     count = _chunks(x_BTD, head_VD)
     inputs = tuple(_split_time(array, count) for array in (x_BTD, targets_BT, logsumexp_BT, dlosses_BT))
