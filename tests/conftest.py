@@ -1,8 +1,67 @@
-"""Settings every test shares: eight simulated CPU devices, and caches of its own."""
+"""Settings every test shares: eight simulated CPU devices, caches of its own; and a tiny experiment, run once."""
 
+import atexit
 import os
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
 
 # Read when jax starts its backend, so before any test imports it.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 os.environ.setdefault('MPLBACKEND', 'agg')
+# One folder of compiled programs for this session and the processes that it starts: equal ones are compiled once.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='gpt_jax-xla-')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
+atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # configs/ is not installed
+
+WORDS = 'the a quick brown fox café naïve jumps over lazy dog straße and then sleeps under an old tree'.split()
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+    """A text file of some kilobytes, of which a tiny model learns something in few steps."""
+    rng = random.Random(0)
+    sentences = [' '.join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(200)]
+    path = tmp_path_factory.mktemp('corpus') / 'sentences.txt'
+    path.write_text('.\n'.join(sentences), encoding='utf-8')
+    return path
+
+
+@pytest.fixture(scope='session')
+def tiny_config(corpus, tmp_path_factory):
+    """A function: keys as 'section.key' -> a ConfigDict of a run of seconds, with these keys changed."""
+    from configs import base
+
+    cache = tmp_path_factory.mktemp('data')
+
+    def make(changes=()):
+        config = base.get_config()
+        config.model.update(block_size=32, n_layer=2, n_head=2, d_model=32, dropout=0.1)
+        config.data.update(path=str(corpus), tokenizer='char', cache_dir=str(cache))
+        config.optimizer.learning_rate = 1e-2
+        config.schedule.update(warmup_steps=2, final_fraction=0.1)
+        config.train.update(steps=6, batch_size=16, log_every_steps=1)
+        config.eval.update(every_steps=3, batch_size=16)
+        config.checkpoint.every_steps = 3
+        config.preview.update(every_steps=3, max_new_tokens=8, prompt='the ')
+        config.update_from_flattened_dict(dict(changes))
+        return config
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def finished_run(tiny_config, tmp_path_factory):
+    """The tiny experiment, run to its end once: what `train` returned. Read it; copy it before changing it."""
+    from gpt_jax.inference import sample_text
+    from gpt_jax.training import train
+
+    return train(tiny_config(), tmp_path_factory.mktemp('runs') / 'finished', sample=sample_text)
