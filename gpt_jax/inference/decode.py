@@ -104,18 +104,9 @@ def generate(
         )
     padded = np.zeros((num_samples, _bucket(len(prompt), block_size)), np.int32)
     padded[:, : len(prompt)] = prompt
-    tokens_BT, logprobs_BT = _decode(
-        model,
-        params,
-        padded,
-        len(prompt),
-        max_new_tokens,
-        _bucket(len(prompt) + max_new_tokens, block_size),
-        end_of_text,
-        seed,
-        sampling.temperature,
-        sampling.top_p,
-        (sampling.greedy, sampling.top_k, sampling.top_p < 1),
+    cache_length = _bucket(len(prompt) + max_new_tokens, block_size)
+    tokens_BT, logprobs_BT = decode_loop(
+        model, params, padded, len(prompt), max_new_tokens, cache_length, end_of_text, seed, sampling
     )
     rows = zip(np.asarray(tokens_BT), np.asarray(logprobs_BT), strict=True)
     return [_finish(tokens[:max_new_tokens], logprobs, end_of_text) for tokens, logprobs in rows]
@@ -135,28 +126,58 @@ def _finish(tokens: np.ndarray, logprobs: np.ndarray, end_of_text: int) -> Gener
     return Generation(tokens[:count].tolist(), logprobs[:count].tolist(), 'stop' if ends.size else 'length')
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'cache_length', 'chosen'))
+def decode_loop(
+    model: GPT,
+    params: Any,
+    prompt_BT: np.ndarray,
+    prompt_length: int,
+    max_new_tokens: int,
+    cache_length: int,
+    end_of_text: int,
+    seed: int,
+    sampling: Sampling,
+) -> tuple[jax.Array, jax.Array]:
+    """Prefills and decodes in one compiled program, for each shape of the prompt, cache_length and top_k.
+
+    Args:
+      model, params: a GPT and its parameters.
+      prompt_BT: int32 prompts, padded on the right to any length up to `cache_length`.
+      prompt_length: how much of each is prompt.
+      max_new_tokens: when to stop at the latest; prompt and new tokens fit in the cache.
+      cache_length: slots of the cache.
+      end_of_text: the token that ends a row.
+      seed: of the draws.
+      sampling: how tokens are chosen.
+
+    Returns:
+      New tokens int32 and their log-probabilities float32, [batch, cache_length]; undefined past the end of a row.
+    """
+    rule = (sampling.greedy, sampling.top_k, sampling.top_p < 1)
+    counts = (prompt_length, max_new_tokens, end_of_text, seed)
+    return _decode(model, params, prompt_BT, *counts, sampling.temperature, sampling.top_p, cache_length, rule)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'cache_length', 'rule'))
 def _decode(
     model: GPT,
     params: Any,
     prompt_BT: jax.Array,
     prompt_length: int,
     max_new_tokens: int,
-    cache_length: int,
     end_of_text: int,
     seed: int,
     temperature: float,
     top_p: float,
-    chosen: tuple[bool, int, bool],
+    cache_length: int,
+    rule: tuple[bool, int, bool],
 ) -> tuple[jax.Array, jax.Array]:
-    """New tokens and their log-probabilities [batch, cache_length]; what lies past the end of a row is undefined."""
     params = {'params': unstack_layers(params)}
     batch, padded_length = prompt_BT.shape
     row_keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(batch))
 
     def choose(logits_BV: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys_B = jax.vmap(lambda key: jax.random.fold_in(key, index))(row_keys)
-        token_B = _choose(logits_BV, keys_B, temperature, top_p, chosen)
+        token_B = _choose(logits_BV, keys_B, temperature, top_p, rule)
         logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
         return token_B, jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
 
@@ -188,8 +209,8 @@ def _decode(
     return tokens_BT, logprobs_BT
 
 
-def _choose(logits_BV, keys_B, temperature, top_p, chosen: tuple[bool, int, bool]) -> jax.Array:
-    is_greedy, top_k, filters_top_p = chosen
+def _choose(logits_BV, keys_B, temperature, top_p, rule: tuple[bool, int, bool]) -> jax.Array:
+    is_greedy, top_k, filters_top_p = rule
     if is_greedy:
         return sampling_lib.greedy(logits_BV)
     logits_BV = sampling_lib.apply_temperature(logits_BV, temperature)
