@@ -8,21 +8,28 @@ import shutil
 import sys
 import tempfile
 
+import pytest
+
 # Read when jax starts its backend, so before any test imports it.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Small programs that are compiled often and run briefly: the optimizer of machine code costs more than it gains.
+os.environ['XLA_FLAGS'] = ' '.join(
+    (
+        os.environ.get('XLA_FLAGS', ''),
+        '--xla_force_host_platform_device_count=8',
+        '--xla_backend_optimization_level=0',
+    )
+)
 os.environ.setdefault('MPLBACKEND', 'agg')
 # One folder of compiled programs for this session and the processes that it starts: equal ones are compiled once.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='gpt_jax-xla-')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
 atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
-import pytest
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ is not installed
 
-WORDS = 'the a quick brown fox café naïve jumps over lazy dog straße and then sleeps under an old tree'.split()
+WORDS = ('the', 'a', 'quick', 'brown', 'fox', 'café', 'naïve', 'jumps', 'over', 'dog', 'straße', 'sleeps', 'under')
 
 
 @pytest.fixture(scope='session')

@@ -1,0 +1,101 @@
+"""Tiny models, states and compiled steps, made once for the whole folder."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax.training.dynamic_scale import DynamicScale
+
+from gpt_jax.models import GPT, GPTConfig
+from gpt_jax.parallel import MeshConfig, make_mesh
+from gpt_jax.training.config import OptimizerConfig
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.state import abstract_state, init_state
+from gpt_jax.training.step import make_put_batch, make_train_step
+
+VOCAB, BLOCK = 50, 16
+LEARNING_RATE = 1e-2
+OPTIMIZER = OptimizerConfig(LEARNING_RATE, 0.9, 0.95, 1e-8, 0.1, 1.0)
+RATES = ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout')
+
+
+class Lab:
+    """A compiled training step on one mesh, with states and batches for it."""
+
+    def __init__(self, mesh, accumulation_steps, dropout, seed, precision):
+        rates = dict.fromkeys(RATES, dropout)
+        self.model = GPT(GPTConfig(VOCAB, BLOCK, n_layer=2, n_head=2, d_model=32, compute_dtype=precision, **rates))
+        devices = jax.devices()[: int(np.prod(mesh))]
+        self.mesh = make_mesh(MeshConfig(*mesh), devices=devices)
+        schedule = optax.constant_schedule(LEARNING_RATE)
+        self.optimizer = make_optimizer(OPTIMIZER, schedule)
+        self.step = make_train_step(self.model, self.optimizer, schedule, self.mesh, accumulation_steps, seed)
+        self._put = make_put_batch(self.mesh)
+        self._shardings = jax.tree.map(
+            lambda leaf: leaf.sharding, abstract_state(self.model, self.optimizer, self.mesh)
+        )
+
+    def state(self):
+        """Before step 0; the same on every mesh."""
+        loss_scale = DynamicScale() if self.model.config.compute_dtype == 'fp16' else None
+        return jax.device_put(first_state().replace(loss_scale=loss_scale), self._shardings)
+
+    def batch(self, index=0):
+        """Learnable: the next token is a function of the one before."""
+        tokens = ((np.arange(BLOCK + 1) + 5) * np.arange(1, 9)[:, None] + index) % VOCAB
+        return self._put({'tokens': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32)})
+
+    def run(self, steps):
+        """The state after `steps` steps, and the metrics of each as floats."""
+        state, rows = self.state(), []
+        for index in range(steps):
+            state, metrics = self.step(state, self.batch(index))
+            rows.append({name: value.item() for name, value in metrics.items()})
+        return state, rows
+
+
+@functools.cache
+def first_state():
+    """On the host, so that a mesh can take it without compiling an initialisation of its own."""
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    model = GPT(GPTConfig(VOCAB, BLOCK, n_layer=2, n_head=2, d_model=32))
+    state = init_state(model, make_optimizer(OPTIMIZER, optax.constant_schedule(LEARNING_RATE)), mesh, seed=3)
+    return jax.device_get(state)
+
+
+@pytest.fixture(scope='session')
+def lab():
+    """A function that gives the Lab for a mesh (data, fsdp, tensor, context), compiled once."""
+
+    @functools.cache
+    def make(mesh=(1, 1, 1, 1), accumulation_steps=1, dropout=0.0, seed=0, precision='f32'):
+        return Lab(mesh, accumulation_steps, dropout, seed, precision)
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def assert_close():
+    """Trees of the same structure, and every array near its counterpart."""
+
+    def check(tree, expected, **tolerances):
+        flat = jax.tree_util.tree_leaves_with_path(tree)
+        for (path, leaf), wanted in zip(flat, jax.tree.leaves(expected), strict=True):
+            name = jax.tree_util.keystr(path)
+            np.testing.assert_allclose(np.asarray(leaf), np.asarray(wanted), err_msg=name, **tolerances)
+
+    return check
+
+
+@pytest.fixture(scope='session')
+def assert_same_bits():
+    """Trees of the same structure, and every array its counterpart to the bit."""
+
+    def check(tree, expected):
+        flat = jax.tree_util.tree_leaves_with_path(tree)
+        for (path, leaf), wanted in zip(flat, jax.tree.leaves(expected), strict=True):
+            assert np.asarray(leaf).tobytes() == np.asarray(wanted).tobytes(), jax.tree_util.keystr(path)
+
+    return check
