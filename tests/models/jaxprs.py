@@ -1,0 +1,30 @@
+"""What a traced function holds and multiplies, read from its jaxpr and those nested in it."""
+
+import math
+
+
+def equations(jaxpr):
+    """Every equation of a (closed) jaxpr, those inside scans, calls and custom gradients included."""
+    for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+        yield equation
+        for value in equation.params.values():
+            for nested in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(nested, 'eqns') or hasattr(nested, 'jaxpr'):
+                    yield from equations(nested)
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest array that any equation makes."""
+    shapes = (out.aval.shape for equation in equations(jaxpr) for out in equation.outvars)
+    return max(math.prod(shape) for shape in shapes)
+
+
+def multiplications(jaxpr) -> int:
+    """Scalar products in the matrix multiplications; one inside a loop counts once."""
+    total = 0
+    for equation in equations(jaxpr):
+        if equation.primitive.name == 'dot_general':
+            (contracted, _), _ = equation.params['dimension_numbers']
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += depth * math.prod(equation.outvars[0].aval.shape)
+    return total
