@@ -110,11 +110,11 @@ def _layer_norm_forward(x, scale, bias, epsilon, dtype):
     mean = jnp.mean(x_f32, axis=-1, keepdims=True)
     centred = x_f32 - mean
     inverse_std = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
-    return (centred * inverse_std * scale + bias).astype(dtype), (x, scale, bias, mean, inverse_std)
+    return (centred * inverse_std * scale + bias).astype(dtype), (x, scale, mean, inverse_std)
 
 
 def _layer_norm_backward(epsilon, dtype, residuals, dout):
-    x, scale, bias, mean, inverse_std = residuals
+    x, scale, mean, inverse_std = residuals
     dout = dout.astype(jnp.float32)
     normal = (x.astype(jnp.float32) - mean) * inverse_std
     dnormal = dout * scale

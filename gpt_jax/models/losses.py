@@ -26,7 +26,8 @@ def masked_logits(x_BTD: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.
 def linear_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
     """-log softmax(x @ head.T)[target] for each token.
 
-    Time is cut in chunks: each one's logits are made, reduced and dropped, and made again in the backward pass.
+    Time is cut in chunks: each one's logits are made, reduced and dropped, and made again in the backward pass. Logits
+    that fit in one chunk are kept instead.
 
     Args:
       x_BTD: final activations, in the compute dtype.
@@ -64,27 +65,31 @@ def _forward(x_BTD, head_VD, targets_BT, vocab_size):
         x, targets = inputs
         logits = masked_logits(x, head_VD, vocab_size)
         logsumexp = jax.nn.logsumexp(logits, axis=-1)
-        return None, (logsumexp - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], logsumexp)
+        losses = logsumexp - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return None, (losses, logsumexp, logits if count == 1 else None)
 
     count = _chunks(x_BTD, head_VD)
     _, parts = jax.lax.scan(chunk, None, (_split_time(x_BTD, count), _split_time(targets_BT, count)))
-    losses_BT, logsumexp_BT = map(_join_time, parts)
-    return losses_BT, (x_BTD, head_VD, targets_BT, logsumexp_BT)
+    losses_BT, logsumexp_BT, logits_BTV = jax.tree.map(_join_time, parts)
+    return losses_BT, (x_BTD, head_VD, targets_BT, logsumexp_BT, logits_BTV)
 
 
 def _backward(vocab_size, residuals, dlosses_BT):
-    x_BTD, head_VD, targets_BT, logsumexp_BT = residuals
+    x_BTD, head_VD, targets_BT, logsumexp_BT, logits_BTV = residuals
 
     def chunk(dhead_VD, inputs):
-        x, targets, logsumexp, dlosses = inputs
-        probabilities = jnp.exp(masked_logits(x, head_VD, vocab_size) - logsumexp[..., None])
+        x, targets, logsumexp, dlosses, logits = inputs
+        if logits is None:
+            logits = masked_logits(x, head_VD, vocab_size)
+        probabilities = jnp.exp(logits - logsumexp[..., None])
         one_hot = jnp.arange(head_VD.shape[0]) == targets[..., None]
         dlogits = ((probabilities - one_hot) * dlosses[..., None]).astype(x.dtype)
         dx = jnp.einsum('BTV,VD->BTD', dlogits, head_VD.astype(x.dtype))
         return dhead_VD + contract_tokens(dlogits, x), dx
 
     count = _chunks(x_BTD, head_VD)
-    inputs = tuple(_split_time(array, count) for array in (x_BTD, targets_BT, logsumexp_BT, dlosses_BT))
+    arrays = (x_BTD, targets_BT, logsumexp_BT, dlosses_BT, logits_BTV)
+    inputs = jax.tree.map(lambda array: _split_time(array, count), arrays)
     dhead_VD, dx = jax.lax.scan(chunk, jnp.zeros(head_VD.shape, jnp.float32), inputs)
     return _join_time(dx), dhead_VD.astype(head_VD.dtype), None
 
