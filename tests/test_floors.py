@@ -45,7 +45,7 @@ def imports(source):
 
 
 def violations(room, source):
-    """What a module of `room` (a folder's name, or that of a module beside them; '': gpt_jax itself) must not import."""
+    """What a module of `room` (a folder, or a module beside them; '': gpt_jax itself) must not import."""
     found = []
     for name in imports(source):
         package, _, rest = name.partition('.')
