@@ -9,14 +9,14 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Four layers, 256 wide, on the embedded corpus."""
+    """Four layers, 192 wide, on the embedded corpus."""
     config = base.get_config()
-    config.model.update(block_size=128, n_layer=4, n_head=4, d_model=256, dropout=0.0)
+    config.model.update(block_size=128, n_layer=4, n_head=6, d_model=192, dropout=0.0)
     config.data.vocab_size = 2048
-    config.optimizer.update(learning_rate=2e-3, beta2=0.95, weight_decay=0.1)
+    config.optimizer.update(learning_rate=3e-3, beta2=0.95, weight_decay=0.1)
     config.schedule.update(warmup_steps=50, final_fraction=0.1)
-    config.train.update(steps=600, batch_size=16)
-    config.eval.update(every_steps=200, batch_size=64)
+    config.train.update(steps=500, batch_size=16)
+    config.eval.update(every_steps=250, batch_size=64)
     config.checkpoint.every_steps = 200
-    config.preview.update(every_steps=200, prompt='def ', max_new_tokens=80)
+    config.preview.update(every_steps=250, prompt='Return ', max_new_tokens=80)
     return config
