@@ -17,6 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.schedule.update(warmup_steps=50, final_fraction=0.1)
     config.train.update(steps=500, batch_size=16)
     config.eval.update(every_steps=250, batch_size=64)
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 250
     config.preview.update(every_steps=250, prompt='Return ', max_new_tokens=80)
     return config
