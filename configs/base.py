@@ -49,23 +49,23 @@ def get_config() -> ml_collections.ConfigDict:
             },
             'schedule': {
                 'warmup_steps': placeholder(int),  # linear, from 0 to the peak (recipe)
-                'warmup_tokens': placeholder(int),
-                'warmup_epochs': placeholder(float),
+                'warmup_tokens': placeholder(int),  # the same in tokens (recipe)
+                'warmup_epochs': placeholder(float),  # the same in epochs of the training split
                 'decay_steps': placeholder(
                     int
                 ),  # where the cosine ends, counted from step 0 (recipe, or the run's end)
-                'decay_tokens': placeholder(int),
-                'decay_epochs': placeholder(float),
+                'decay_tokens': placeholder(int),  # the same in tokens (recipe)
+                'decay_epochs': placeholder(float),  # the same in epochs
                 'final_fraction': placeholder(float),  # of the peak: the floor that the cosine ends on (recipe)
             },
             'train': {
                 'steps': placeholder(int),  # the run's length: exactly one of these three
-                'tokens': placeholder(int),
-                'epochs': placeholder(float),
+                'tokens': placeholder(int),  # the same in tokens
+                'epochs': placeholder(float),  # the same in epochs of the training split
                 'batch_size': placeholder(int),  # sequences of block_size tokens a step, over all devices (recipe)
                 'accumulation_steps': 1,  # micro-batches that a step is cut into
                 'seed': 0,  # of initialisation, order of the data, dropout and previews
-                'log_every_steps': 10,
+                'log_every_steps': 10,  # rows of metrics.jsonl; the first and the last step have one as well
             },
             'eval': {
                 'every_steps': 500,  # over the whole validation split, and at the end; 0: at the end alone
@@ -73,8 +73,8 @@ def get_config() -> ml_collections.ConfigDict:
             },
             'checkpoint': {
                 'every_steps': 500,  # and at the end, and where validation is best so far; 0: only then
-                'keep_latest': 1,
-                'keep_best': 1,
+                'keep_latest': 1,  # of the newest
+                'keep_best': 1,  # of the lowest validation loss; 0: none is saved for being best
             },
             'mesh': {
                 'data': -1,  # devices that split the batch; -1: all that the other axes leave
@@ -88,9 +88,9 @@ def get_config() -> ml_collections.ConfigDict:
             'preview': {
                 'every_steps': 500,  # to samples.txt, and at the end; 0: at the end alone
                 'prompt': '',  # of the sampled preview; empty: starts a new document
-                'max_new_tokens': 64,
-                'temperature': 0.8,
-                'top_k': 50,
+                'max_new_tokens': 64,  # of the sampled preview
+                'temperature': 0.8,  # divides the logits
+                'top_k': 50,  # likeliest tokens drawn from; 0: all
             },
         }
     )

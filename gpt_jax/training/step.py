@@ -106,7 +106,7 @@ def _apply(optimizer, schedule, state: TrainState, loss, gradients, finite, loss
     params = optax.apply_updates(state.params, updates)
     metrics = {
         'loss': loss,
-        'grad_norm': optax.global_norm(gradients),
+        'grad_norm': optax.tree.norm(gradients),
         'learning_rate': schedule(state.step - state.skipped),
     }
     skipped = state.skipped
