@@ -67,9 +67,9 @@ def make_schedule(config: RunConfig, lengths: Lengths) -> optax.Schedule:
     """
     peak = config.optimizer.learning_rate
     cosine = optax.cosine_decay_schedule(peak, lengths.decay - lengths.warmup, config.schedule.final_fraction)
-    if lengths.warmup < 2:
+    if not lengths.warmup:
         return cosine
-    warmup = optax.linear_schedule(peak / lengths.warmup, peak, lengths.warmup - 1)
+    warmup = optax.linear_schedule(peak / lengths.warmup, peak, max(lengths.warmup - 1, 1))
     return optax.join_schedules([warmup, cosine], [lengths.warmup])
 
 
