@@ -39,7 +39,7 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
         # A config that raises comes with its whole traceback as the message.
         text = str(error)
         _complain(text.strip().splitlines()[-1] if 'Traceback' in text else text)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+    except Exception as error:
         # ml_collections lets these out for a mistyped key or a config that fails; later ones are bugs of ours.
         if flags.FLAGS.is_parsed():
             raise
