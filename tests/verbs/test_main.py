@@ -1,0 +1,118 @@
+import hashlib
+import json
+
+import pytest
+
+
+def snapshot(folder):
+    """Of every file its time of change and a hash."""
+    files = (path for path in folder.rglob('*') if path.is_file())
+    return {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
+
+
+@pytest.fixture
+def config(experiment):
+    return f'--config={experiment}'
+
+
+@pytest.mark.parametrize('flag', ['--help', '-h', '--helpfull'])
+def test_help_names_the_flags_and_exits_0(process, flag):
+    result = process('main', '--config=missing.py', flag)
+    assert (result.returncode, result.stderr) == (0, '')
+    for text in ('python -m gpt_jax.main --config=', '--workdir: ', '--distributed: ', '--config: the experiment'):
+        assert text in result.stdout
+
+
+def test_a_run_from_the_command_line_exits_0_and_says_how_to_go_on(verb, config, tmp_path):
+    status, output, _ = verb('main', config, f'--workdir={tmp_path}', '--config.train.steps=3')
+    assert status == 0
+    assert f'python -m gpt_jax.generate --checkpoint={tmp_path}' in output
+    assert 'sample:\nthe ' in output
+    assert (tmp_path / 'checkpoints' / '3').is_dir()
+    # Steps on the command line replaced the epochs of the file.
+    recorded = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
+    assert (recorded['train']['steps'], recorded['train']['epochs']) == (3, None)
+    before = snapshot(tmp_path)
+    status, output, _ = verb('main', config, f'--workdir={tmp_path}', '--config.train.steps=3')
+    assert status == 0
+    assert 'finished already, at step 3' in output
+    assert snapshot(tmp_path) == before
+
+
+def test_the_workdir_is_by_default_named_after_the_config(verb, config, monkeypatch, tmp_path):
+    import gpt_jax.training
+
+    workdirs = []
+
+    def train(config, workdir, sample):
+        workdirs.append(workdir)
+        raise gpt_jax.errors.InputError('enough')
+
+    monkeypatch.setattr(gpt_jax.training, 'train', train)
+    verb('main', config)
+    verb('main', '--config=configs/gpt3.py:1.3b')
+    verb('main', '--config=configs/smoke.py', f'--workdir={tmp_path}')
+    assert workdirs == ['runs/sentences', 'runs/gpt3-1.3b', str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], '--config is missing; try --config=configs/quickstart.py'),
+        (['--config=configs/missing.py'], '--config=configs/missing.py cannot be opened'),
+        (['--config=configs/gpt3.py:4b'], "there is no size '4b'"),
+        (['--confg=configs/smoke.py'], "Unknown command line flag 'confg'"),
+        (['CONFIG', 'extra'], "unexpected argument 'extra'"),
+        (['CONFIG', '--config.train.stepz=3'], '--config.train.stepz: there is no such key; did you mean steps?'),
+        (['CONFIG', '--config.trian.steps=3'], '--config.trian.steps: there is no such key'),
+        (['CONFIG', '--config.train.steps=three'], 'three'),
+        (['CONFIG', '--config.train.steps=1.5'], '1.5'),
+        (['CONFIG', '--num_processes=many'], 'many'),
+        (['CONFIG', '--config.model.d_model=33'], 'model.d_model=33 is not divisible by model.n_head=2'),
+        (['CONFIG', '--config.train.batch_size=12'], 'train.batch_size=12 in 1 micro-batches of 12 is not divisible'),
+        (['CONFIG', '--config.train.accumulation_steps=3'], 'is not divisible by train.accumulation_steps=3'),
+        (['CONFIG', '--config.mesh.fsdp=16'], 'mesh.fsdp=16'),
+        (['CONFIG', '--config.train.steps=3', '--config.train.tokens=9'], 'only one of them may be set'),
+        (['CONFIG', '--config.data.path=missing.txt'], 'data.path=missing.txt: no such file'),
+        (['CONFIG', '--config.data.tokenizer=words'], 'data.tokenizer=words'),
+        (['CONFIG', '--config.data.corpus=books'], 'data.corpus=books: unknown'),
+        (['CONFIG', '--config.precision.compute=f64'], "precision.compute='f64' must be one of"),
+        (['CONFIG', '--config.preview.temperature=0.0'], 'temperature=0.0 must be above 0'),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_status_1(refused, config, tmp_path, arguments, message):
+    arguments = [config if argument == 'CONFIG' else argument for argument in arguments]
+    assert message in refused('main', f'--workdir={tmp_path / "run"}', *arguments)
+
+
+def test_a_config_file_that_fails_is_one_line(refused, tmp_path):
+    path = tmp_path / 'broken.py'
+    path.write_text('def get_config():\n    return 1 / 0\n', encoding='utf-8')
+    assert 'division by zero' in refused('main', f'--config={path}', f'--workdir={tmp_path / "run"}')
+    path.write_text('def get_config(:\n', encoding='utf-8')
+    assert 'SyntaxError' in refused('main', f'--config={path}', f'--workdir={tmp_path / "run"}')
+
+
+def test_an_empty_corpus_is_named(refused, config, tmp_path):
+    (tmp_path / 'empty.txt').touch()
+    message = refused('main', config, f'--config.data.path={tmp_path / "empty.txt"}', f'--workdir={tmp_path / "run"}')
+    assert 'the file is empty' in message
+
+
+def test_a_workdir_that_is_a_file_is_named(refused, config, tmp_path):
+    (tmp_path / 'file').touch()
+    assert 'is a file; name a folder' in refused('main', config, f'--workdir={tmp_path / "file"}')
+
+
+def test_the_workdir_of_another_config_is_refused_by_key_and_left_alone(refused, config, finished_run):
+    before = snapshot(finished_run.workdir)
+    message = refused('main', config, f'--workdir={finished_run.workdir}', '--config.optimizer.beta1=0.5')
+    assert 'optimizer.beta1: 0.9 -> 0.5' in message
+    assert snapshot(finished_run.workdir) == before
+
+
+def test_a_real_process_exits_1_with_one_line(process, config, tmp_path):
+    result = process('main', config, '--config.model.d_model=33', f'--workdir={tmp_path}')
+    assert result.returncode == 1
+    assert result.stderr.startswith('error: model.d_model=33')
+    assert result.stderr.count('\n') == 1
