@@ -59,8 +59,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for key in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'd_model', 'mlp_expansion'):
-            if getattr(self, key) < 1:
-                raise InputError(f'model.{key}={getattr(self, key)} must be at least 1')
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f'model.{key}={value!r} must be a whole number of at least 1')
         if self.d_model % self.n_head:
             raise InputError(
                 f'model.d_model={self.d_model} is not divisible by model.n_head={self.n_head}; '
@@ -69,6 +70,8 @@ class GPTConfig:
         for key in ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout'):
             if not 0.0 <= getattr(self, key) < 1.0:
                 raise InputError(f'model.{key}={getattr(self, key)} must be at least 0 and below 1')
+        if not self.layer_norm_epsilon > 0:
+            raise InputError(f'model.layer_norm_epsilon={self.layer_norm_epsilon} must be above 0')
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise InputError(f'precision.compute={self.compute_dtype!r} must be one of {", ".join(COMPUTE_DTYPES)}')
 

@@ -90,20 +90,24 @@ class GPT(nn.Module):
           tokens_BT: int token ids [batch, time]; time is at most block_size.
           cache: from `init_cache` or an earlier call: what was seen before. Tokens are appended to it.
           positions: int [batch, time], the position of each token in its sequence (default 0, 1, ...; needed with a
-            cache). A negative one marks padding, which no other token sees.
+            cache). With a cache a negative one marks padding, which no other token sees.
 
         Returns:
           logits float32 [batch, time, vocab]; with a cache, `(logits, cache)`.
 
         Raises:
-          InputError: more tokens than block_size.
+          InputError: more tokens than block_size, or than the cache has slots. How far a cache is filled is not known
+            while compiling: appending more than fits to a part-filled one gives wrong logits, which the caller avoids.
         """
         x_BTD, cache = self._hidden(tokens_BT, cache, positions)
         logits_BTV = masked_logits(x_BTD, self._head(), self.config.vocab_size)[..., : self.config.vocab_size]
         return logits_BTV if cache is None else (logits_BTV, cache)
 
     def token_losses(self, tokens_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """Cross-entropy of each target, in nats, float32 [batch, time]; the full logits are never held."""
+        """Cross-entropy of each target, in nats, float32 [batch, time].
+
+        The full logits are never held: at most one chunk of them (`losses.CHUNK_ELEMENTS`) is.
+        """
         x_BTD, _ = self._hidden(tokens_BT)
         return linear_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
 
@@ -146,7 +150,9 @@ class GPT(nn.Module):
         return self._run_cached(run, layers, x_BTD, cache, positions_BT)
 
     def _run_cached(self, run, layers, x_BTD, cache, positions_BT):
-        index = cache['index']
+        index, slots = cache['index'], cache['positions'].shape[1]
+        if positions_BT.shape[1] > slots:
+            raise InputError(f'{positions_BT.shape[1]} tokens exceed the {slots} slots of the cache; make a longer one')
         written_BT = jnp.where(positions_BT < 0, attention.EMPTY, positions_BT)
         slots_BS = jax.lax.dynamic_update_slice(cache['positions'], written_BT.astype(jnp.int32), (0, index))
         keys, values = [], []

@@ -157,7 +157,11 @@ class RunConfig:
 
     def _check(self) -> None:
         self.model_config(self.model.vocab_size or 1)
-        positive = {'train': ('batch_size', 'accumulation_steps', 'log_every_steps'), 'checkpoint': ('keep_latest',)}
+        positive = {
+            'train': ('batch_size', 'accumulation_steps', 'log_every_steps'),
+            'checkpoint': ('keep_latest',),
+            'preview': ('max_new_tokens',),
+        }
         for section, keys in positive.items():
             for key in keys:
                 if getattr(getattr(self, section), key) < 1:
@@ -178,6 +182,11 @@ class RunConfig:
             )
         if self.eval.batch_size is not None and self.eval.batch_size < 1:
             raise InputError(f'eval.batch_size={self.eval.batch_size} must be at least 1')
+        # The sampler would say so as well, but only at the first preview, hours of training later.
+        if not self.preview.temperature > 0:
+            raise InputError(f'preview.temperature={self.preview.temperature} must be above 0')
+        if self.preview.top_k < 0:
+            raise InputError(f'preview.top_k={self.preview.top_k} must be at least 1, or 0 for all tokens')
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The architecture, for a tokenizer of `vocab_size` tokens.

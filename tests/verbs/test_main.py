@@ -77,7 +77,7 @@ def test_the_workdir_is_by_default_named_after_the_config(verb, config, monkeypa
         (['CONFIG', '--config.data.tokenizer=words'], 'data.tokenizer=words'),
         (['CONFIG', '--config.data.corpus=books'], 'data.corpus=books: unknown'),
         (['CONFIG', '--config.precision.compute=f64'], "precision.compute='f64' must be one of"),
-        (['CONFIG', '--config.preview.temperature=0.0'], 'temperature=0.0 must be above 0'),
+        (['CONFIG', '--config.preview.temperature=0.0'], 'preview.temperature=0.0 must be above 0'),
     ],
 )
 def test_what_cannot_be_is_one_line_and_status_1(refused, config, tmp_path, arguments, message):
