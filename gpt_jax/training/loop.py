@@ -11,12 +11,11 @@ import jax
 
 from gpt_jax.checkpoints import Checkpoints
 from gpt_jax.data import Batches, Tokenizer, prefetch
-from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.config import RunConfig
 from gpt_jax.training.metrics import MetricsLog, Throughput, model_flops_utilisation, read_rows
-from gpt_jax.training.milestones import Milestones, Sampler
+from gpt_jax.training.milestones import Milestones, Sampler, not_finite
 from gpt_jax.training.progress import Progress, plot_loss
 from gpt_jax.training.setup import Experiment, build, is_first_process
 from gpt_jax.training.state import TrainState, abstract_state, init_state
@@ -197,13 +196,8 @@ class _Loop:
         self._progress.row(row)
 
     def _fail(self, step: int, values: dict[str, float]) -> None:
-        self._checkpoints.wait()
-        last = self._checkpoints.latest_step()
-        kept = f'the last good checkpoint, step {last}, is kept' if last else 'no checkpoint had been saved yet'
-        raise InputError(
-            f'loss {values["loss"]} or gradient norm {values["grad_norm"]} at step {step} is not finite; {kept}; '
-            'lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision.compute=f32'
-        )
+        numbers = f'loss {values["loss"]} or gradient norm {values["grad_norm"]}'
+        raise not_finite(self._checkpoints, numbers, step)
 
     def _close(self) -> None:
         self._progress.close()

@@ -1,12 +1,14 @@
 """What is due between steps: evaluation, previews, checkpoints."""
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import jax
 
 from gpt_jax.checkpoints import Checkpoints
 from gpt_jax.data import Tokenizer
+from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
 from gpt_jax.training.metrics import MetricsLog
@@ -34,6 +36,17 @@ class Sampler(Protocol):
         seed: int,
     ) -> str:
         """Prompt and continuation."""
+
+
+def not_finite(checkpoints: Checkpoints, numbers: str, step: int) -> InputError:
+    """What to raise where `numbers` of `step` are not finite, before anything is saved of it."""
+    checkpoints.wait()
+    last = checkpoints.latest_step()
+    kept = f'the last good checkpoint, step {last}, is kept' if last else 'no checkpoint had been saved yet'
+    return InputError(
+        f'{numbers} at step {step} is not finite; {kept}; '
+        'lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision.compute=f32'
+    )
 
 
 class Milestones:
@@ -105,6 +118,8 @@ class Milestones:
         )
         if values is None:
             return None, False
+        if not math.isfinite(values['val_loss']):
+            raise not_finite(self._checkpoints, f'validation loss {values["val_loss"]}', step)
         self.val_loss = values['val_loss']
         if self._log is not None:
             self._log.write({'step': step, **values})
