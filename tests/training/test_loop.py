@@ -228,28 +228,45 @@ def test_a_run_stopped_during_its_last_evaluation_is_not_finished(tiny_config, t
     assert [row['step'] for row in read_rows(tmp_path) if 'val_loss' in row] == [6]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tiny_config, tmp_path, monkeypatch):
-    def poisoned(*arguments):
-        step = make_train_step(*arguments)
-
-        def run(state, batch):
-            state, metrics = step(state, batch)
-            if int(state.step) != 4:
-                return state, metrics
-            return state.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)), metrics
-
-        return run
-
+@pytest.fixture
+def poison(monkeypatch):
+    """A function: the step whose update leaves parameters that are not numbers."""
     make_train_step = loop.make_train_step
-    monkeypatch.setattr(loop, 'make_train_step', poisoned)
+
+    def poison(step):
+        def poisoned(*arguments):
+            train_step = make_train_step(*arguments)
+
+            def run(state, batch):
+                state, metrics = train_step(state, batch)
+                if int(state.step) == step:
+                    state = state.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
+                return state, metrics
+
+            return run
+
+        monkeypatch.setattr(loop, 'make_train_step', poisoned)
+
+    return poison
+
+
+# After step 4 the next step's loss shows it, after step 6 only the evaluation that follows.
+@pytest.mark.parametrize(
+    ('poisoned', 'message'), [(4, 'at step 5 is not'), (6, 'validation loss nan at step 6 is not')]
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
+    tiny_config, tmp_path, poison, poisoned, message
+):
+    poison(poisoned)
     with pytest.raises(InputError) as error:
         train(tiny_config(), tmp_path)
-    assert 'at step 5 is not finite' in str(error.value)
+    assert message in str(error.value)
     assert 'the last good checkpoint, step 3, is kept' in str(error.value)
     assert '\n' not in str(error.value)
     assert load(tmp_path).step == 3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load(tmp_path).params))
-    assert [row['step'] for row in read_rows(tmp_path) if 'loss' in row] == [1, 2, 3, 4]
+    assert [row['step'] for row in read_rows(tmp_path) if 'loss' in row] == list(range(1, poisoned + 1))
+    assert all(math.isfinite(value) for row in read_rows(tmp_path) for value in row.values() if value is not None)
     assert (tmp_path / 'loss.png').exists()
 
 
