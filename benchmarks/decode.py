@@ -70,9 +70,8 @@ def main() -> None:
         print(f'{count:>10} {1e3 * costs[-1]:>20.2f} {1e3 * again:>22.2f}')
     ratio = costs[-1] / costs[0]
     met = ratio <= LEVEL
-    print(
-        f'a token among {counts[-1]} costs {ratio:.2f}x one among {counts[0]}: level <= {LEVEL}x is {"met" if met else "MISSED"}'
-    )
+    verdict = 'met' if met else 'MISSED'
+    print(f'a token among {counts[-1]} costs {ratio:.2f}x one among {counts[0]}: level <= {LEVEL}x is {verdict}')
     sys.exit(1 if a.suite and not met else 0)
 
 
