@@ -54,7 +54,7 @@ class SampleLog:
         if self._path.exists():
             kept, keep = [], True
             for line in self._path.read_text(encoding='utf-8').splitlines(keepends=True):
-                if line.startswith('step '):
+                if not line.startswith(' '):  # a heading, or what a crash left of one
                     keep = line.endswith('\n') and int(line.split()[1]) <= last_step
                 if keep:
                     kept.append(line)
