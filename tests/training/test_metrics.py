@@ -1,0 +1,130 @@
+import json
+import math
+import struct
+import types
+
+import jax
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from gpt_jax.models import GPTConfig
+from gpt_jax.training import metrics
+from gpt_jax.training.metrics import MetricsLog, Throughput, model_flops_utilisation, read_rows
+from gpt_jax.training.metrics import training_flops_per_token as flops_per_token
+
+
+def read_tensorboard(workdir):
+    """(tag, step, value) of every scalar, read record by record from all event files there are."""
+    found = []
+    for path in (workdir / 'tensorboard').glob('**/*tfevents*'):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length,) = struct.unpack_from('<Q', data, place)  # then 4 bytes of checksum, the record, 4 of checksum
+            event = Event.FromString(data[place + 12 : place + 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            place += 12 + length + 4
+    return sorted(found)
+
+
+def write_steps(workdir, last_step, steps):
+    log = MetricsLog(workdir, last_step)
+    for step in steps:
+        log.write({'step': step, 'loss': step / 10, 'mfu': None})
+        if step % 2 == 0:
+            log.write({'step': step, 'val_loss': step / 5})
+    log.close()
+    return log
+
+
+def test_rows_are_json_lines_with_the_time_added(tmp_path):
+    write_steps(tmp_path, 0, [1, 2])
+    rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert all(row.pop('time') > 1e9 for row in rows)
+    assert rows == [
+        {'step': 1, 'loss': 0.1, 'mfu': None},
+        {'step': 2, 'loss': 0.2, 'mfu': None},
+        {'step': 2, 'val_loss': 0.4},
+    ]
+
+
+def test_each_row_is_on_disk_before_the_next(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write({'step': 1, 'loss': 1.0})
+    log.sync()
+    assert [row['step'] for row in read_rows(tmp_path / 'metrics.jsonl')] == [1]
+    log.close()
+
+
+def test_rows_after_the_restored_step_are_cut_back(tmp_path):
+    write_steps(tmp_path, 0, range(1, 7))
+    log = write_steps(tmp_path, 4, [5, 6])
+    rows = list(read_rows(tmp_path / 'metrics.jsonl'))
+    assert [row['step'] for row in rows if 'loss' in row] == [1, 2, 3, 4, 5, 6]
+    assert [row['step'] for row in rows if 'val_loss' in row] == [2, 4, 6]
+    assert log.evaluated == {2, 4, 6}
+
+
+def test_a_line_that_a_crash_tore_is_dropped(tmp_path):
+    write_steps(tmp_path, 0, [1, 2, 3])
+    path = tmp_path / 'metrics.jsonl'
+    with path.open('a') as file:
+        file.write('{"step": 4, "lo')
+    assert [row['step'] for row in read_rows(path) if 'loss' in row] == [1, 2, 3]
+    write_steps(tmp_path, 9, [4])
+    assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [1, 2, 2, 3, 4, 4]
+
+
+def test_rows_of_a_file_that_is_not_there_are_none(tmp_path):
+    assert list(read_rows(tmp_path / 'metrics.jsonl')) == []
+
+
+def test_tensorboard_holds_every_step_once_also_after_a_resume(tmp_path):
+    write_steps(tmp_path, 0, range(1, 7))
+    expected = [('train/loss', step, pytest.approx(step / 10)) for step in range(1, 7)]
+    expected += [('validation/val_loss', step, pytest.approx(step / 5)) for step in (2, 4, 6)]
+    assert read_tensorboard(tmp_path) == expected
+    write_steps(tmp_path, 3, range(4, 7))
+    assert read_tensorboard(tmp_path) == expected
+
+
+def test_a_run_writes_to_tensorboard_what_it_writes_to_its_rows(finished_run):
+    tags = {tag for tag, _, _ in read_tensorboard(finished_run.workdir)}
+    training = {'loss', 'grad_norm', 'learning_rate', 'tokens', 'tokens_per_second'}
+    validation = {'val_loss', 'val_perplexity', 'val_bits_per_byte'}
+    assert tags == {f'train/{name}' for name in training} | {f'validation/{name}' for name in validation}
+
+
+def test_flops_are_six_a_weight_and_twelve_a_pair_of_tokens():
+    # 12 layers of 12 d^2 weights and 13 d biases and gains, one more gain and bias, and the head.
+    d, vocab, context, layers = 768, 50257, 1024, 12
+    weights = layers * (12 * d * d + 13 * d) + 2 * d + vocab * d
+    config = GPTConfig(vocab, context, layers, n_head=12, d_model=d)
+    assert flops_per_token(config) == 6 * weights + 12 * layers * d * context
+    assert flops_per_token(config) == pytest.approx(8.6e8, rel=0.01)  # as nanoGPT's
+
+
+def test_utilisation_is_the_share_of_all_devices_peak_and_none_where_it_is_unknown(monkeypatch):
+    config = GPTConfig(100, 64, 2, n_head=2, d_model=32)
+    assert model_flops_utilisation(config, 1000.0) is None
+    monkeypatch.setitem(metrics.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    expected = 1000.0 * flops_per_token(config) / (8 * 1e9)
+    assert model_flops_utilisation(config, 1000.0) == pytest.approx(expected)
+
+
+def test_throughput_counts_the_steps_of_a_lap_and_leaves_other_work_out(monkeypatch):
+    clock = iter([0.0, 10.0, 12.0, 20.0, 25.0, 27.0, 31.0])
+    monkeypatch.setattr(metrics, 'time', types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    throughput = Throughput()  # at 0 s
+    throughput.start(step=4)  # at 10 s
+    assert throughput.lap(step=6, tokens_per_step=100) == pytest.approx(2 * 100 / 2)  # at 12 s
+    with throughput.left_out():  # from 20 to 25 s
+        pass
+    assert throughput.lap(step=7, tokens_per_step=100) == pytest.approx(100 / (27 - 12 - 5))
+    assert throughput.lap(step=11, tokens_per_step=100) == pytest.approx(400 / 4)
+
+
+def test_a_lap_that_no_clock_can_measure_is_finite(monkeypatch):
+    monkeypatch.setattr(metrics, 'time', types.SimpleNamespace(perf_counter=lambda: 1.0))
+    throughput = Throughput()
+    throughput.start(0)
+    assert math.isfinite(throughput.lap(1, 100))
