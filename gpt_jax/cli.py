@@ -93,7 +93,7 @@ def _help(doc: str, key_flags: Sequence[str]) -> str:
 
 def _quieten() -> None:
     """Libraries report what a user can do nothing about; our own lines are enough."""
-    for name in ('absl', 'orbax', 'jax._src.xla_bridge', 'grain'):
+    for name in ('absl', 'orbax', 'grain'):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
