@@ -13,84 +13,79 @@ from ml_collections.config_dict import placeholder
 
 def get_config() -> ml_collections.ConfigDict:
     """The base experiment; it names no model size and no length of the run."""
-    return ml_collections.ConfigDict(
-        {
-            'model': {
-                'version': 'gpt2',  # 'gpt2' or 'gpt3': whose recipe fills the unset keys
-                'preset': placeholder(str),  # a published size, e.g. 'gpt2-small' (models/presets.py)
-                'vocab_size': placeholder(int),  # unset: the tokenizer's
-                'block_size': placeholder(int),  # context, in tokens; unset: the preset's
-                'n_layer': placeholder(int),  # unset: the preset's
-                'n_head': placeholder(int),  # unset: the preset's
-                'd_model': placeholder(int),  # unset: the preset's
-                'mlp_expansion': 4,  # the MLP's width as a multiple of d_model
-                'dropout': placeholder(float),  # the four rates below, where they are unset (recipe)
-                'embedding_dropout': placeholder(float),  # on token + position embeddings
-                'attention_dropout': placeholder(float),  # on the attention probabilities
-                'mlp_dropout': placeholder(float),  # on the MLP's output
-                'resid_dropout': placeholder(float),  # on the attention's output
-                'tie_embeddings': True,  # the output head is the token embedding
-                'scan_layers': False,  # one compiled block for all layers: compiles sooner, for deep models
-            },
-            'data': {
-                'corpus': 'python_docs',  # 'python_docs' (embedded), 'openwebtext_10k', 'openwebtext'
-                'path': placeholder(str),  # a plain text file, in place of the corpus
-                'tokenizer': 'bpe',  # 'bpe' (trained on the corpus), 'char', 'gpt2', or a folder with GPT-2's files
-                'vocab_size': 4096,  # of a tokenizer that is trained
-                'cache_dir': placeholder(str),  # token shards; unset: gpt_jax/data in the user's cache folder
-            },
-            'optimizer': {
-                'learning_rate': placeholder(float),  # at its peak (recipe)
-                'beta1': placeholder(float),  # Adam's first moment (recipe)
-                'beta2': placeholder(float),  # Adam's second moment (recipe)
-                'epsilon': placeholder(float),  # added to Adam's denominator (recipe)
-                'weight_decay': placeholder(float),  # decoupled; on matrices and embeddings alone (recipe)
-                'clip_norm': placeholder(float),  # of the global gradient; 0.0: no clipping (recipe)
-            },
-            'schedule': {
-                'warmup_steps': placeholder(int),  # linear, from 0 to the peak (recipe)
-                'warmup_tokens': placeholder(int),  # the same in tokens (recipe)
-                'warmup_epochs': placeholder(float),  # the same in epochs of the training split
-                'decay_steps': placeholder(
-                    int
-                ),  # where the cosine ends, counted from step 0 (recipe, or the run's end)
-                'decay_tokens': placeholder(int),  # the same in tokens (recipe)
-                'decay_epochs': placeholder(float),  # the same in epochs
-                'final_fraction': placeholder(float),  # of the peak: the floor that the cosine ends on (recipe)
-            },
-            'train': {
-                'steps': placeholder(int),  # the run's length: exactly one of these three
-                'tokens': placeholder(int),  # the same in tokens
-                'epochs': placeholder(float),  # the same in epochs of the training split
-                'batch_size': placeholder(int),  # sequences of block_size tokens a step, over all devices (recipe)
-                'accumulation_steps': 1,  # micro-batches that a step is cut into
-                'seed': 0,  # of initialisation, order of the data, dropout and previews
-                'log_every_steps': 10,  # rows of metrics.jsonl; the first and the last step have one as well
-            },
-            'eval': {
-                'every_steps': 500,  # over the whole validation split, and at the end; 0: at the end alone
-                'batch_size': placeholder(int),  # sequences; unset: that of a micro-batch
-            },
-            'checkpoint': {
-                'every_steps': 500,  # and at the end, and where validation is best so far; 0: only then
-                'keep_latest': 1,  # of the newest
-                'keep_best': 1,  # of the lowest validation loss; 0: none is saved for being best
-            },
-            'mesh': {
-                'data': -1,  # devices that split the batch; -1: all that the other axes leave
-                'fsdp': 1,  # devices that split the batch and the parameters
-                'tensor': 1,  # devices that split heads, MLP width and vocabulary
-                'context': 1,  # devices that split a sequence's tokens
-            },
-            'precision': {
-                'compute': 'f32',  # 'f32', 'bf16', or 'fp16' with dynamic loss scaling; parameters stay f32
-            },
-            'preview': {
-                'every_steps': 500,  # to samples.txt, and at the end; 0: at the end alone
-                'prompt': '',  # of the sampled preview; empty: starts a new document
-                'max_new_tokens': 64,  # of the sampled preview
-                'temperature': 0.8,  # divides the logits
-                'top_k': 50,  # likeliest tokens drawn from; 0: all
-            },
-        }
-    )
+    keys = {
+        'model': {
+            'version': 'gpt2',  # 'gpt2' or 'gpt3': whose recipe fills the unset keys
+            'preset': placeholder(str),  # a published size, e.g. 'gpt2-small' (models/presets.py)
+            'vocab_size': placeholder(int),  # unset: the tokenizer's
+            'block_size': placeholder(int),  # context, in tokens; unset: the preset's
+            'n_layer': placeholder(int),  # unset: the preset's
+            'n_head': placeholder(int),  # unset: the preset's
+            'd_model': placeholder(int),  # unset: the preset's
+            'mlp_expansion': 4,  # the MLP's width as a multiple of d_model
+            'dropout': placeholder(float),  # the four rates below, where they are unset (recipe)
+            'embedding_dropout': placeholder(float),  # on token + position embeddings
+            'attention_dropout': placeholder(float),  # on the attention probabilities
+            'mlp_dropout': placeholder(float),  # on the MLP's output
+            'resid_dropout': placeholder(float),  # on the attention's output
+            'tie_embeddings': True,  # the output head is the token embedding
+            'scan_layers': False,  # one compiled block for all layers: compiles sooner, for deep models
+        },
+        'data': {
+            'corpus': 'python_docs',  # 'python_docs' (embedded), 'openwebtext_10k', 'openwebtext'
+            'path': placeholder(str),  # a plain text file, in place of the corpus
+            'tokenizer': 'bpe',  # 'bpe' (trained on the corpus), 'char', 'gpt2', or a folder with GPT-2's files
+            'vocab_size': 4096,  # of a tokenizer that is trained
+            'cache_dir': placeholder(str),  # token shards; unset: gpt_jax/data in the user's cache folder
+        },
+        'optimizer': {
+            'learning_rate': placeholder(float),  # at its peak (recipe)
+            'beta1': placeholder(float),  # Adam's first moment (recipe)
+            'beta2': placeholder(float),  # Adam's second moment (recipe)
+            'epsilon': placeholder(float),  # added to Adam's denominator (recipe)
+            'weight_decay': placeholder(float),  # decoupled; on matrices and embeddings alone (recipe)
+            'clip_norm': placeholder(float),  # of the global gradient; 0.0: no clipping (recipe)
+        },
+        'schedule': {
+            'warmup_steps': placeholder(int),  # linear, from 0 to the peak (recipe)
+            'warmup_tokens': placeholder(int),  # the same in tokens (recipe)
+            'warmup_epochs': placeholder(float),  # the same in epochs of the training split
+            'decay_steps': placeholder(int),  # where the cosine ends, counted from step 0 (recipe, or the run's end)
+            'decay_tokens': placeholder(int),  # the same in tokens (recipe)
+            'decay_epochs': placeholder(float),  # the same in epochs
+            'final_fraction': placeholder(float),  # of the peak: the floor that the cosine ends on (recipe)
+        },
+        'train': {
+            'steps': placeholder(int),  # the run's length: exactly one of these three
+            'tokens': placeholder(int),  # the same in tokens
+            'epochs': placeholder(float),  # the same in epochs of the training split
+            'batch_size': placeholder(int),  # sequences of block_size tokens a step, over all devices (recipe)
+            'accumulation_steps': 1,  # micro-batches that a step is cut into
+            'seed': 0,  # of initialisation, order of the data, dropout and previews
+            'log_every_steps': 10,  # rows of metrics.jsonl; the first and the last step have one as well
+        },
+        'eval': {
+            'every_steps': 500,  # over the whole validation split, and at the end; 0: at the end alone
+            'batch_size': placeholder(int),  # sequences; unset: that of a micro-batch
+        },
+        'checkpoint': {
+            'every_steps': 500,  # and at the end, and where validation is best so far; 0: only then
+            'keep_latest': 1,  # of the newest
+            'keep_best': 1,  # of the lowest validation loss; 0: none is saved for being best
+        },
+        'mesh': {
+            'data': -1,  # devices that split the batch; -1: all that the other axes leave
+            'fsdp': 1,  # devices that split the batch and the parameters
+            'tensor': 1,  # devices that split heads, MLP width and vocabulary
+            'context': 1,  # devices that split a sequence's tokens
+        },
+        'precision': {'compute': 'f32'},  # 'f32', 'bf16', or 'fp16' with dynamic loss scaling; parameters stay f32
+        'preview': {
+            'every_steps': 500,  # to samples.txt, and at the end; 0: at the end alone
+            'prompt': '',  # of the sampled preview; empty: starts a new document
+            'max_new_tokens': 64,  # of the sampled preview
+            'temperature': 0.8,  # divides the logits
+            'top_k': 50,  # likeliest tokens drawn from; 0: all
+        },
+    }
+    return ml_collections.ConfigDict(keys)

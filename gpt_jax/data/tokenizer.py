@@ -207,7 +207,12 @@ def _download_gpt2() -> str:
     try:
         return huggingface_hub.hf_hub_download(GPT2_REPOSITORY, 'tokenizer.json', local_files_only=True)
     except huggingface_hub.errors.LocalEntryNotFoundError:
-        pass  # not in the cache of the hub's client yet
+        return _download_uncached_gpt2()
+
+
+def _download_uncached_gpt2() -> str:
+    import huggingface_hub
+
     try:
         # Asked first because it fails at once where the hub is out of reach; the download retries for 23 s.
         huggingface_hub.HfApi().model_info(GPT2_REPOSITORY, timeout=10)
