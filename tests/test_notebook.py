@@ -40,7 +40,9 @@ def test_the_notebook_trains_plots_and_writes(corpus, tmp_path, monkeypatch):
         corpus=str(corpus), cache=str(tmp_path / 'data'), workdir=str(workdir)
     )
 
-    NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(NOTEBOOK.parent)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, startup_timeout=300, resources={'metadata': {'path': str(NOTEBOOK.parent)}}
+    ).execute()
 
     assert not tagged(notebook, 'install').outputs
     assert 'done: 20 steps' in ''.join(output.get('text', '') for output in notebook.cells[6].outputs)

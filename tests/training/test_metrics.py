@@ -83,6 +83,9 @@ def test_tensorboard_holds_every_step_once_also_after_a_resume(tmp_path):
     expected = [('train/loss', step, pytest.approx(step / 10)) for step in range(1, 7)]
     expected += [('validation/val_loss', step, pytest.approx(step / 5)) for step in (2, 4, 6)]
     assert read_tensorboard(tmp_path) == expected
+    # Named by the second it was made in: within this one, its successor would replace it by accident.
+    (events,) = (tmp_path / 'tensorboard').iterdir()
+    events.rename(events.with_name('events.out.tfevents.1600000000.earlier'))
     write_steps(tmp_path, 3, range(4, 7))
     assert read_tensorboard(tmp_path) == expected
 
