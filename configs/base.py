@@ -28,7 +28,12 @@ def get_config() -> ml_collections.ConfigDict:
             'attention_dropout': placeholder(float),  # on the attention probabilities
             'mlp_dropout': placeholder(float),  # on the MLP's output
             'resid_dropout': placeholder(float),  # on the attention's output
+            'attention_pattern': placeholder(str),  # 'dense', or 'alternating' with banded layers (recipe)
+            'band_size': 256,  # tokens that a banded layer's query sees, itself among them; assumed: no paper gives it
+            'qkv_bias': True,  # of the projections to query, key and value
+            'attention_scale': placeholder(float),  # on query x key; unset: 1 / sqrt(head width)
             'tie_embeddings': True,  # the output head is the token embedding
+            'remat': 'none',  # kept for the backward pass: 'none' all, 'dots' and 'names' some, 'full' layer inputs
             'scan_layers': False,  # one compiled block for all layers: compiles sooner, for deep models
         },
         'data': {

@@ -1,6 +1,7 @@
 """The one description of a model's architecture."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -10,6 +11,14 @@ from gpt_jax.errors import InputError
 VOCAB_MULTIPLE = 128
 
 COMPUTE_DTYPES = {'f32': jnp.float32, 'bf16': jnp.bfloat16, 'fp16': jnp.float16}
+
+ATTENTION_PATTERNS = ('dense', 'alternating')
+
+# What the backward pass makes again instead of keeping it; see GPTConfig.remat.
+REMAT_POLICIES = ('none', 'dots', 'names', 'full')
+
+# GPT-3's paper gives no width for its bands: assumed to be that of GPT-Neo, its public counterpart.
+ASSUMED_BAND_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +40,15 @@ class GPTConfig:
       mlp_dropout: rate on the MLP's output before it joins the residual stream.
       resid_dropout: rate on the attention's output before it joins the residual stream. GPT-2's single `resid_pdrop`
         is `mlp_dropout` and `resid_dropout` at the same rate.
+      attention_pattern: 'dense', or 'alternating': dense and locally banded layers in turn, the first one dense (GPT-3,
+        section 2.1, after the Sparse Transformer). Of an odd number of layers the last is dense, too.
+      band_size: tokens that a query of a banded layer sees, itself among them. Assumed: the paper gives none.
+      qkv_bias: whether the projections to query, key and value have a bias (GPT-Neo's have none).
+      attention_scale: factor on the product of query and key; None is 1 / sqrt(head_dim) (GPT-Neo's is 1.0).
       tie_embeddings: the output head is the token embedding (GPT-2's choice).
+      remat: what the backward pass makes again instead of keeping it, layer by layer: 'none' keeps everything, 'dots'
+        keeps the results of matrix products with parameters, 'names' the four activations named in the model
+        (`attention.SAVED_NAMES`), 'full' only the input of each layer. Same gradients, less memory, more time.
       scan_layers: run the blocks as one `lax.scan` (compiles once for all layers) or unrolled (faster on CPU). Same
         parameters, same function.
       compute_dtype: 'f32', 'bf16' or 'fp16': of matmuls and activations. Parameters, softmax, LayerNorm statistics and
@@ -52,13 +69,18 @@ class GPTConfig:
     attention_dropout: float = 0.0
     mlp_dropout: float = 0.0
     resid_dropout: float = 0.0
+    attention_pattern: str = 'dense'
+    band_size: int = ASSUMED_BAND_SIZE
+    qkv_bias: bool = True
+    attention_scale: float | None = None
     tie_embeddings: bool = True
+    remat: str = 'none'
     scan_layers: bool = False
     compute_dtype: str = 'f32'
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self):
-        for key in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'd_model', 'mlp_expansion'):
+        for key in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'd_model', 'mlp_expansion', 'band_size'):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f'model.{key}={value!r} must be a whole number of at least 1')
@@ -70,6 +92,12 @@ class GPTConfig:
         for key in ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout'):
             if not 0.0 <= getattr(self, key) < 1.0:
                 raise InputError(f'model.{key}={getattr(self, key)} must be at least 0 and below 1')
+        scale = self.attention_scale
+        if scale is not None and (isinstance(scale, bool) or not 0 < scale < math.inf):
+            raise InputError(f'model.attention_scale={scale} must be above 0, or unset for 1 / sqrt(head_dim)')
+        for key, known in (('attention_pattern', ATTENTION_PATTERNS), ('remat', REMAT_POLICIES)):
+            if getattr(self, key) not in known:
+                raise InputError(f'model.{key}={getattr(self, key)!r} must be one of {", ".join(known)}')
         if not self.layer_norm_epsilon > 0:
             raise InputError(f'model.layer_norm_epsilon={self.layer_norm_epsilon} must be above 0')
         if self.compute_dtype not in COMPUTE_DTYPES:
@@ -79,6 +107,10 @@ class GPTConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_head
+
+    def band(self, layer: int) -> int | None:
+        """Tokens that a query of `layer` (from 0) sees, itself among them; None where it sees all before it."""
+        return self.band_size if self.attention_pattern == 'alternating' and layer % 2 else None
 
     @property
     def d_mlp(self) -> int:
@@ -99,7 +131,7 @@ class GPTConfig:
     def num_parameters(self) -> int:
         """Trainable scalars as the papers count them: tied head counted once, no vocabulary padding."""
         d, f = self.d_model, self.d_mlp
-        attention = d * 3 * d + 3 * d + d * d + d
+        attention = d * 3 * d + (3 * d if self.qkv_bias else 0) + d * d + d
         mlp = d * f + f + f * d + d
         norms = 2 * 2 * d
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.block_size * d

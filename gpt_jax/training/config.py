@@ -41,7 +41,12 @@ class ModelSettings:
     attention_dropout: float
     mlp_dropout: float
     resid_dropout: float
+    attention_pattern: str
+    band_size: int
+    qkv_bias: bool
+    attention_scale: float | None
     tie_embeddings: bool
+    remat: str
     scan_layers: bool
 
 

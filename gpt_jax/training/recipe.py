@@ -30,6 +30,7 @@ _GPT3 = 'paper: GPT-3, appendix B'
 _TABLE = 'paper: GPT-3, table 2.1'
 
 _GPT2_RECIPE = {
+    'model.attention_pattern': Value('dense', 'paper: GPT-2, section 2.3, as in GPT-1'),
     'model.dropout': Value(0.1, _GPT1),
     'optimizer.learning_rate': Value(2.5e-4, f'{_GPT1}; GPT-2 section 2.3 says it was tuned by hand for each size'),
     'optimizer.beta1': Value(0.9, "assumed: Adam's default, as in GPT-1's code"),
@@ -43,6 +44,7 @@ _GPT2_RECIPE = {
 }
 
 _GPT3_RECIPE = {
+    'model.attention_pattern': Value('alternating', 'paper: GPT-3, section 2.1'),
     'model.dropout': Value(0.0, 'assumed: the paper states none'),
     'optimizer.beta1': Value(0.9, _GPT3),
     'optimizer.beta2': Value(0.95, _GPT3),
@@ -111,7 +113,7 @@ def fill(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     if model['preset'] is not None:
         if model['preset'] not in PRESETS:
             raise InputError(f'model.preset={model["preset"]!r} is not one of {", ".join(PRESETS)}')
-        for key in ('block_size', 'n_layer', 'n_head', 'd_model'):
+        for key in ('block_size', 'n_layer', 'n_head', 'd_model', 'attention_pattern'):
             if model[key] is None:
                 model[key] = getattr(PRESETS[model['preset']], key)
     given = {group for group in LENGTHS if any(settings[group[0]][key] is not None for key in LENGTHS[group])}

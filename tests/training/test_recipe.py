@@ -34,6 +34,7 @@ def test_gpt3_takes_the_rest_from_appendix_b(size):
     values = {key: value.value for key, value in recipe('gpt3', f'gpt3-{size}').items()}
     del values['optimizer.learning_rate'], values['train.batch_size']
     assert values == {
+        'model.attention_pattern': 'alternating',
         'model.dropout': 0.0,
         'optimizer.beta1': 0.9,
         'optimizer.beta2': 0.95,
@@ -49,6 +50,7 @@ def test_gpt3_takes_the_rest_from_appendix_b(size):
 def test_gpt2_takes_its_batch_from_the_paper_and_the_rest_from_gpt1():
     values = recipe('gpt2')
     assert {key: value.value for key, value in values.items()} == {
+        'model.attention_pattern': 'dense',
         'model.dropout': 0.1,
         'optimizer.learning_rate': 2.5e-4,
         'optimizer.beta1': 0.9,
