@@ -1,7 +1,8 @@
 """GPT-2 and GPT-3 as linen modules: arrays in, arrays out."""
 
 from gpt_jax.models.config import GPTConfig
-from gpt_jax.models.gpt import GPT, GPT2, GPT3, stack_layers, unstack_layers
+from gpt_jax.models.depth import stack_layers, unstack_layers
+from gpt_jax.models.gpt import GPT, GPT2, GPT3
 from gpt_jax.models.presets import PRESETS, preset, preset_config
 
 __all__ = [

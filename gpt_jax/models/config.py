@@ -108,6 +108,16 @@ class GPTConfig:
         """Width of one attention head."""
         return self.d_model // self.n_head
 
+    @property
+    def scale(self) -> float:
+        """Factor on the product of query and key."""
+        return 1.0 / math.sqrt(self.head_dim) if self.attention_scale is None else self.attention_scale
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether any layer is banded."""
+        return any(self.band(layer) is not None for layer in range(self.n_layer))
+
     def band(self, layer: int) -> int | None:
         """Tokens that a query of `layer` (from 0) sees, itself among them; None where it sees all before it."""
         return self.band_size if self.attention_pattern == 'alternating' and layer % 2 else None

@@ -13,12 +13,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax.errors import InputError
 from gpt_jax.models import attention
+from gpt_jax.models.cache import Cache, advance, init_cache
 from gpt_jax.models.config import GPTConfig
+from gpt_jax.models.depth import layer_trees, run_layers
 from gpt_jax.models.layers import INIT_STD, Dense, Dropout, LayerNorm
 from gpt_jax.models.losses import linear_cross_entropy, masked_logits
+from gpt_jax.models.token_info import TokenInfo
 from gpt_jax.parallel import constrain
 
 Params = dict[str, Any]
@@ -30,32 +34,37 @@ class MLP(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c = self.config
         residual_std = INIT_STD / math.sqrt(2 * c.n_layer)  # GPT-2, section 2.3
-        x_BTF = Dense((c.d_model, c.d_mlp), dtype=c.dtype, name='up')(x_BTD)
+        x_BTF = checkpoint_name(Dense((c.d_model, c.d_mlp), dtype=c.dtype, name='up')(x_BTD), attention.MLP_NAME)
         x_BTF = constrain(nn.gelu(x_BTF, approximate=True), 'batch', 'time', 'mlp')
         x_BTD = Dense((c.d_mlp, c.d_model), std=residual_std, dtype=c.dtype, name='down')(x_BTF)
-        return Dropout(c.mlp_dropout)(x_BTD)
+        return Dropout(c.mlp_dropout)(x_BTD, info.rows_B)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and added to the residual stream (GPT-2, section 2.3)."""
+    """Attention and MLP, each behind a LayerNorm and added to the residual stream (GPT-2, section 2.3).
+
+    `band` is that of its layer: `GPTConfig.band`.
+    """
 
     config: GPTConfig
+    band: int | None = None
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, layer_cache: attention.Cache | None = None, positions_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, attention.Cache | None]:
+        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, places: Cache | None = None
+    ) -> tuple[jax.Array, tuple | None]:
         """[B, T, D] -> [B, T, D], and the layer's updated cache (see CausalSelfAttention)."""
         c = self.config
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_1')(x_BTD)
-        h_BTD, layer_cache = attention.CausalSelfAttention(c, name='attention')(h_BTD, layer_cache, positions_BT)
+        attend = attention.CausalSelfAttention(c, self.band, name='attention')
+        h_BTD, layer_cache = attend(h_BTD, info, layer_cache, places)
         x_BTD = constrain(x_BTD + h_BTD, 'batch', 'time', 'embed')
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_2')(x_BTD)
-        h_BTD = MLP(c, name='mlp')(h_BTD)
+        h_BTD = MLP(c, name='mlp')(h_BTD, info)
         return constrain(x_BTD + h_BTD, 'batch', 'time', 'embed'), layer_cache
 
 
@@ -82,8 +91,12 @@ class GPT(nn.Module):
             self.lm_head = self.param('lm_head', table, (c.padded_vocab_size, c.d_model), jnp.float32)
 
     def __call__(
-        self, tokens_BT: jax.Array, cache: attention.Cache | None = None, positions: jax.Array | None = None
-    ) -> jax.Array | tuple[jax.Array, attention.Cache]:
+        self,
+        tokens_BT: jax.Array,
+        cache: Cache | None = None,
+        positions: jax.Array | None = None,
+        rows: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, Cache]:
         """Logits of the token after each position.
 
         Args:
@@ -91,6 +104,8 @@ class GPT(nn.Module):
           cache: from `init_cache` or an earlier call: what was seen before. Tokens are appended to it.
           positions: int [batch, time], the position of each token in its sequence (default 0, 1, ...; needed with a
             cache). With a cache a negative one marks padding, which no other token sees.
+          rows: int [batch], the row of the global batch that each sequence is (default 0, 1, ...): its dropout masks
+            depend on that, not on its place in this array.
 
         Returns:
           logits float32 [batch, time, vocab]; with a cache, `(logits, cache)`.
@@ -99,77 +114,69 @@ class GPT(nn.Module):
           InputError: more tokens than block_size, or than the cache has slots. How far a cache is filled is not known
             while compiling: appending more than fits to a part-filled one gives wrong logits, which the caller avoids.
         """
-        x_BTD, cache = self._hidden(tokens_BT, cache, positions)
+        x_BTD, cache = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions, rows), cache)
         logits_BTV = masked_logits(x_BTD, self._head(), self.config.vocab_size)[..., : self.config.vocab_size]
         return logits_BTV if cache is None else (logits_BTV, cache)
 
-    def token_losses(self, tokens_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """Cross-entropy of each target, in nats, float32 [batch, time].
+    def token_losses(self, tokens_BT: jax.Array, targets_BT: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+        """Cross-entropy of each target, in nats, float32 [batch, time]; `rows` as above.
 
         The full logits are never held: at most one chunk of them (`losses.CHUNK_ELEMENTS`) is.
         """
-        x_BTD, _ = self._hidden(tokens_BT)
+        x_BTD, _ = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, None, rows))
         return linear_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
 
-    def init_cache(self, batch: int, length: int) -> attention.Cache:
-        """An empty cache for `length` tokens of `batch` sequences; see `attention.init_cache`."""
-        return attention.init_cache(self.config, batch, length)
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` tokens of `batch` sequences; see `cache.init_cache`."""
+        return init_cache(self.config, batch, length)
 
-    def _hidden(self, tokens_BT, cache=None, positions_BT=None):
+    def _hidden(self, tokens_BT, info, cache=None):
         c = self.config
         if tokens_BT.shape[1] > c.block_size:
             raise InputError(f'{tokens_BT.shape[1]} tokens exceed block_size={c.block_size}; give at most that many')
-        if positions_BT is None:
+        if info.positions_BT is None:
             if cache is not None:
                 raise ValueError('apply with a cache needs positions=: int [batch, time]')
             position_embedding = self.wpe[None, : tokens_BT.shape[1]]
         else:
-            position_embedding = self.wpe[jnp.maximum(positions_BT, 0)]
+            position_embedding = self.wpe[jnp.maximum(info.positions_BT, 0)]
         x_BTD = self.wte[tokens_BT].astype(c.dtype) + position_embedding.astype(c.dtype)
-        x_BTD = self.embedding_dropout(constrain(x_BTD, 'batch', 'time', 'embed'))
-        x_BTD, cache = self._run_blocks(x_BTD, cache, positions_BT)
+        x_BTD = self.embedding_dropout(constrain(x_BTD, 'batch', 'time', 'embed'), info.rows_B)
+        dropout_key = self.make_rng('dropout') if self.has_rng('dropout') else None
+        if cache is None:
+            return self.ln_f(run_layers(c, self._block(info, dropout_key), self.blocks, x_BTD)), None
+        x_BTD, cache = self._run_cached(self._block(info, dropout_key), x_BTD, info.positions_BT, cache)
         return self.ln_f(x_BTD), cache
 
-    def _run_blocks(self, x_BTD, cache, positions_BT):
-        c = self.config
-        block = Block(c, parent=None)
-        key = self.make_rng('dropout') if self.has_rng('dropout') else None
+    def _block(self, info, dropout_key):
+        """The function of one layer: (x, its parameters, index, band, part of a cache) -> (x, that part)."""
 
-        def run(x_BTD, layer_params, layer, layer_cache=None):
-            rngs = {} if key is None else {'dropout': jax.random.fold_in(key, layer)}
-            return block.apply({'params': layer_params}, x_BTD, layer_cache, positions_BT, rngs=rngs)
+        def run(x_BTD, layer_params, layer, band, layer_cache=None, places=None):
+            rngs = {} if dropout_key is None else {'dropout': jax.random.fold_in(dropout_key, layer)}
+            block = Block(self.config, band, parent=None)
+            return block.apply({'params': layer_params}, x_BTD, info, layer_cache, places, rngs=rngs)
 
-        if cache is None and c.scan_layers and not isinstance(self.blocks, tuple):
-            layers = (self.blocks, jnp.arange(c.n_layer))
-            return jax.lax.scan(lambda x, inputs: (run(x, *inputs)[0], None), x_BTD, layers)
-        layers = self.blocks if isinstance(self.blocks, tuple) else _unstack(self.blocks, c.n_layer)
-        if cache is None:
-            for layer, layer_params in enumerate(layers):
-                x_BTD, _ = run(x_BTD, layer_params, layer)
-            return x_BTD, None
-        return self._run_cached(run, layers, x_BTD, cache, positions_BT)
+        return run
 
-    def _run_cached(self, run, layers, x_BTD, cache, positions_BT):
-        index, slots = cache['index'], cache['positions'].shape[1]
+    def _run_cached(self, run, x_BTD, positions_BT, cache):
+        slots = cache['positions'].shape[1]
         if positions_BT.shape[1] > slots:
             raise InputError(f'{positions_BT.shape[1]} tokens exceed the {slots} slots of the cache; make a longer one')
-        written_BT = jnp.where(positions_BT < 0, attention.EMPTY, positions_BT)
-        slots_BS = jax.lax.dynamic_update_slice(cache['positions'], written_BT.astype(jnp.int32), (0, index))
-        keys, values = [], []
-        for layer, layer_params in enumerate(layers):
-            layer_cache = {'key': cache['key'][layer], 'value': cache['value'][layer]}
-            layer_cache |= {'positions': slots_BS, 'index': index}
-            x_BTD, updated = run(x_BTD, layer_params, layer, layer_cache)
-            keys.append(updated['key'])
-            values.append(updated['value'])
-        cache = {'key': tuple(keys), 'value': tuple(values), 'positions': slots_BS, 'index': index + x_BTD.shape[1]}
-        return x_BTD, cache
+        after, places = advance(cache, positions_BT)
+        kept = []
+        for layer, layer_params in enumerate(layer_trees(self.blocks, self.config.n_layer)):
+            layer_cache = (cache['key'][layer], cache['value'][layer])
+            x_BTD, layer_cache = run(x_BTD, layer_params, layer, self.config.band(layer), layer_cache, places)
+            kept.append(layer_cache)
+        keys, values = zip(*kept, strict=True)
+        return x_BTD, after | {'key': keys, 'value': values}
 
     def _init_blocks(self, rng: jax.Array) -> Params:
         """Every layer drawn from its own key, whatever the form the layers are run in."""
         block, x_BTD = Block(self.config, parent=None), jnp.zeros((1, 1, self.config.d_model))
+        info = TokenInfo.of(jnp.zeros((1, 1), jnp.int32), None, None)
         layer_keys = jax.vmap(lambda layer: jax.random.fold_in(rng, layer))(jnp.arange(self.config.n_layer))
-        return jax.vmap(lambda key: block.init(key, x_BTD)['params'])(layer_keys)
+        return jax.vmap(lambda key: block.init(key, x_BTD, info)['params'])(layer_keys)
 
     def _head(self) -> jax.Array:
         return self.wte if self.config.tie_embeddings else self.lm_head
@@ -192,33 +199,9 @@ def GPT2(  # noqa: N802 - a factory with the name of the model it makes
 def GPT3(  # noqa: N802
     vocab_size: int, block_size: int, n_layer: int, n_head: int, d_model: int, *, dropout: float = 0.0, **changes: Any
 ) -> GPT:
-    """A GPT-3 of the given size, with dense attention in every layer; arguments as for GPT2."""
+    """A GPT-3 of the given size: dense and locally banded layers in turn (GPT-3, section 2.1); arguments as for GPT2.
+
+    `attention_pattern='dense'` gives dense attention in every layer, `band_size` another band than the assumed 256.
+    """
+    changes = {'attention_pattern': 'alternating'} | changes
     return GPT2(vocab_size, block_size, n_layer, n_head, d_model, dropout=dropout, **changes)
-
-
-def stack_layers(params: Params) -> Params:
-    """The tree that is stored: `blocks` a tuple of one tree a layer -> one tree of arrays [n_layer, ...]."""
-    return params | {'blocks': jax.tree.map(lambda *layers: jnp.stack(layers), *params['blocks'])}
-
-
-def unstack_layers(params: Params) -> Params:
-    """The inverse of `stack_layers`; `apply` takes both forms, and a decoding loop is faster on this one."""
-    n_layer = jax.tree.leaves(params['blocks'])[0].shape[0]
-    return params | {'blocks': _unstack(params['blocks'], n_layer)}
-
-
-def _unstack(blocks: Params, n_layer: int) -> tuple[Params, ...]:
-    arrays, treedef = jax.tree.flatten(blocks)
-    columns = [_unstack_array(n_layer)(array) for array in arrays]
-    return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*columns, strict=True))
-
-
-def _unstack_array(n_layer: int):
-    """[n_layer, ...] -> tuple of [...], whose gradient is one stack instead of a sum of n_layer padded arrays."""
-
-    @jax.custom_vjp
-    def unstack(array):
-        return tuple(array[i] for i in range(n_layer))
-
-    unstack.defvjp(lambda array: (unstack(array), None), lambda _, gradients: (jnp.stack(gradients),))
-    return unstack

@@ -53,11 +53,13 @@ class Dense(nn.Module):
     """`x @ kernel + bias`, contracting the last `contract` dimensions of x with the first of the kernel.
 
     Not `nn.DenseGeneral`: that one evaluates its initialisers at another rank, which breaks sharding constraints on
-    them. Parameters: `kernel` of shape `shape`, `bias` of the shape that is left after the contraction.
+    them. Parameters: `kernel` of shape `shape`, and where `use_bias`, `bias` of the shape that is left after the
+    contraction.
     """
 
     shape: tuple[int, ...]
     contract: int = 1
+    use_bias: bool = True
     std: float = INIT_STD
     dtype: jnp.dtype = jnp.float32
 
@@ -66,7 +68,9 @@ class Dense(nn.Module):
         """[..., *shape[:contract]] -> [..., *shape[contract:]], in `dtype`."""
         out_shape = self.shape[self.contract :]
         kernel = self.param('kernel', nn.initializers.normal(self.std), self.shape, jnp.float32)
-        bias = self.param('bias', nn.initializers.zeros, out_shape, jnp.float32)
+        # A constant zero costs nothing: the compiler leaves the addition out.
+        zeros = nn.initializers.zeros
+        bias = self.param('bias', zeros, out_shape, jnp.float32) if self.use_bias else jnp.zeros(out_shape)
         batch_shape = x.shape[: x.ndim - self.contract]
         # One plain matrix product: several output dimensions in the dot itself make slower code on CPU.
         x = x.astype(self.dtype).reshape(*batch_shape, math.prod(self.shape[: self.contract]))
@@ -75,14 +79,21 @@ class Dense(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes elements at `rate` where a 'dropout' rng is given to apply; the identity where none is."""
+    """Zeroes elements at `rate` where a 'dropout' rng is given to apply; the identity where none is.
+
+    Each row of the global batch has a mask of its own, whatever devices or micro-batches the rows are spread over.
+    """
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x of any shape -> the same shape, kept elements scaled by 1 / (1 - rate)."""
-        return nn.Dropout(self.rate)(x, deterministic=not self.has_rng('dropout'))
+    def __call__(self, x: jax.Array, rows_B: jax.Array) -> jax.Array:
+        """x [batch, ...] of the rows `rows_B` -> the same shape, kept elements scaled by 1 / (1 - rate)."""
+        if self.rate == 0.0 or not self.has_rng('dropout'):
+            return x
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.make_rng('dropout'), rows_B)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, x.shape[1:]))(keys_B)
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
 
 
 class LayerNorm(nn.Module):

@@ -15,7 +15,14 @@ def _gpt2(n_layer: int, n_head: int, d_model: int) -> GPTConfig:
 
 
 def _gpt3(n_layer: int, n_head: int, d_model: int) -> GPTConfig:
-    return GPTConfig(GPT2_VOCAB_SIZE, block_size=2048, n_layer=n_layer, n_head=n_head, d_model=d_model)
+    return GPTConfig(
+        GPT2_VOCAB_SIZE,
+        block_size=2048,
+        n_layer=n_layer,
+        n_head=n_head,
+        d_model=d_model,
+        attention_pattern='alternating',  # section 2.1; the width of the bands is assumed
+    )
 
 
 # Dropout is 0 here: it belongs to a training recipe, not to a size.

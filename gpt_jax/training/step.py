@@ -45,7 +45,10 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with activate(mesh):
             key = jax.random.fold_in(jax.random.key(seed), state.step)
-            loss, gradients, finite, loss_scale = _gradients(model, state, batch, accumulation_steps, key)
+            rows_B = jnp.arange(batch['tokens'].shape[0])
+            loss, gradients, finite, loss_scale = _gradients(
+                model, state, batch | {'rows': rows_B}, accumulation_steps, key
+            )
             return _apply(optimizer, schedule, state, loss, gradients, finite, loss_scale)
 
     return jax.jit(
@@ -66,6 +69,7 @@ def _gradients(model: GPT, state: TrainState, batch: Batch, accumulation_steps: 
             {'params': params},
             micro_batch['tokens'],
             micro_batch['targets'],
+            rows=micro_batch['rows'],
             method='token_losses',
             rngs={'dropout': key},
         )
@@ -82,23 +86,21 @@ def _gradients(model: GPT, state: TrainState, batch: Batch, accumulation_steps: 
     if accumulation_steps == 1:
         return value_and_grad(state.loss_scale, batch, key)
 
-    def accumulate(carry, inputs):
+    def accumulate(carry, micro_batch):
         loss, gradients, finite, loss_scale = carry
-        index, micro_batch = inputs
-        micro_batch = {name: constrain(array, 'batch', 'time') for name, array in micro_batch.items()}
-        more = value_and_grad(loss_scale, micro_batch, jax.random.fold_in(key, index))
+        micro_batch = {name: constrain(array, *('batch', 'time')[: array.ndim]) for name, array in micro_batch.items()}
+        more = value_and_grad(loss_scale, micro_batch, key)
         gradients = jax.tree.map(jnp.add, gradients, more[1])
         return (loss + more[0], gradients, finite & more[2], more[3]), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     carry = (jnp.zeros(()), zeros, jnp.array(True), state.loss_scale)
-    inputs = (jnp.arange(accumulation_steps), _micro_batches(batch, accumulation_steps))
-    return jax.lax.scan(accumulate, carry, inputs)[0]
+    return jax.lax.scan(accumulate, carry, _micro_batches(batch, accumulation_steps))[0]
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[batch, time] -> [count, batch / count, time], every count-th row in one, so that no row changes its device."""
-    return {name: jnp.moveaxis(array.reshape(-1, count, array.shape[1]), 1, 0) for name, array in batch.items()}
+    """[batch, ...] -> [count, batch / count, ...], every count-th row in one, so that no row changes its device."""
+    return {name: jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0) for name, array in batch.items()}
 
 
 def _apply(optimizer, schedule, state: TrainState, loss, gradients, finite, loss_scale):

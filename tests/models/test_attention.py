@@ -12,6 +12,7 @@ from numpy_reference import float64, gpt_logits, self_attention
 
 from gpt_jax.models import GPT, unstack_layers
 from gpt_jax.models.attention import CausalSelfAttention
+from gpt_jax.models.token_info import TokenInfo
 
 
 @pytest.fixture(scope='module')
@@ -24,9 +25,10 @@ def x_BTD():  # noqa: N802
     return jnp.asarray(np.random.default_rng(0).standard_normal((2, 20, 32), np.float32))
 
 
-def attend(config, layer, x_BTD, key=None):
+def attend(config, layer, x_BTD, key=None, index=0):
     rngs = {} if key is None else {'dropout': key}
-    return CausalSelfAttention(config).apply({'params': layer}, x_BTD, rngs=rngs)[0]
+    info = TokenInfo.of(x_BTD[..., 0], None, None)
+    return CausalSelfAttention(config, config.band(index)).apply({'params': layer}, x_BTD, info, rngs=rngs)[0]
 
 
 def test_self_attention_equals_numpy(config, layer, x_BTD):

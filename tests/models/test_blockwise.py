@@ -1,5 +1,7 @@
 """Attention in blocks against the whole matrix in NumPy and float64, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from jaxprs import largest_array, multiplications
 from numpy_reference import causal_attention, causal_attention_gradients, float64
 
-from gpt_jax.models.blockwise import blockwise_attention
+from gpt_jax.models.blockwise import banded_attention, blockwise_attention
 
 
 def qkv_and_upstream(seed, batch, heads, time, head_dim, dtype=np.float32):
@@ -18,16 +20,21 @@ def qkv_and_upstream(seed, batch, heads, time, head_dim, dtype=np.float32):
     return tuple(jnp.asarray(rng.standard_normal((batch, heads, time, head_dim)), dtype) for _ in range(4))
 
 
-def output_and_gradients(q, k, v, dy):
-    y, gradients = jax.vjp(blockwise_attention, q, k, v)
+def attention(q, k, v, band=None, scale=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return blockwise_attention(q, k, v, scale) if band is None else banded_attention(q, k, v, scale, band)
+
+
+def output_and_gradients(q, k, v, dy, band=None, scale=None):
+    y, gradients = jax.vjp(functools.partial(attention, band=band, scale=scale), q, k, v)
     return y, gradients(dy)
 
 
-def assert_equals_numpy(arrays, atol):
-    y, gradients = quick.jit(output_and_gradients)(*arrays)
+def assert_equals_numpy(arrays, atol, band=None, scale=None):
+    y, gradients = quick.jit(functools.partial(output_and_gradients, band=band, scale=scale))(*arrays)
     q, k, v, dy = float64(arrays)
-    np.testing.assert_allclose(np.asarray(y, np.float64), causal_attention(q, k, v), rtol=0, atol=atol)
-    expected_gradients = causal_attention_gradients(q, k, v, dy)
+    np.testing.assert_allclose(np.asarray(y, np.float64), causal_attention(q, k, v, band, scale), rtol=0, atol=atol)
+    expected_gradients = causal_attention_gradients(q, k, v, dy, band, scale)
     for name, gradient, expected in zip('qkv', gradients, expected_gradients, strict=True):
         message = f'gradient of {name}'
         np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=0, atol=atol, err_msg=message)
@@ -59,6 +66,49 @@ def test_half_precision_stays_close_and_keeps_its_dtype(dtype, atol):
     assert_equals_numpy(arrays, atol)
 
 
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(batch=st.integers(1, 2), heads=st.integers(1, 2), time=st.integers(1, 420), band=st.integers(1, 300))
+@example(batch=1, heads=1, time=1, band=1)
+@example(batch=2, heads=1, time=40, band=1)
+@example(batch=1, heads=2, time=50, band=8)
+@example(batch=1, heads=2, time=50, band=9)
+@example(batch=1, heads=1, time=300, band=128)
+@example(batch=1, heads=1, time=300, band=129)
+@example(batch=1, heads=1, time=256, band=256)
+@example(batch=1, heads=1, time=30, band=300)
+def test_banded_output_and_gradients_equal_numpy_at_any_length_and_band(batch, heads, time, band):
+    assert_equals_numpy(qkv_and_upstream(time, batch, heads, time, 4), 2e-5, band)
+
+
+@pytest.mark.parametrize('band', [None, 20])
+def test_scores_are_scaled_as_told(band):
+    assert_equals_numpy(qkv_and_upstream(0, 1, 2, 70, 4), 5e-5, band, scale=1.0)
+
+
+@pytest.mark.parametrize('band', [1, 2, 130])
+def test_a_query_of_a_band_sees_itself_and_what_stands_right_before_it(band):
+    time = 133
+    q, k, v, _ = qkv_and_upstream(0, 1, 1, time, 2)
+    summed = quick.jit(jax.jacrev(lambda v: attention(q, k, v, band)[0, 0].sum(axis=-1)))
+    sees = np.abs(summed(v)[:, 0, 0]).max(axis=-1) > 0
+    offset = np.arange(time)[:, None] - np.arange(time)
+    np.testing.assert_array_equal(sees, (offset >= 0) & (offset < band))
+
+
+def test_the_cost_of_a_band_grows_with_time_times_band():
+    def cost(time, band):
+        traced = jax.make_jaxpr(functools.partial(output_and_gradients, band=band))(
+            *(jax.ShapeDtypeStruct((1, 1, time, 4), jnp.float32) for _ in range(4))
+        )
+        return multiplications(traced), largest_array(traced)
+
+    products, largest = cost(2048, 256)
+    assert cost(8192, 256) == (4 * products, 4 * largest)
+    # Of the seven products of time x band, each block of 128 queries looks at 384 keys where 256 would do.
+    assert products == 7 * 2048 * 384 * 4
+    assert largest == 2048 * 384
+
+
 def test_huge_scores_neither_overflow_nor_blur():
     # Scores of +-thousands: a softmax without its peak taken off gives inf / inf.
     q, k, v, dy = qkv_and_upstream(0, 1, 1, 140, 4)
@@ -70,7 +120,7 @@ def test_no_output_depends_on_a_later_key_or_value_and_each_on_all_earlier_ones(
     q, k, v, _ = qkv_and_upstream(0, 1, 1, time, 2)
 
     def summed(k, v):
-        return blockwise_attention(q, k, v)[0, 0].sum(axis=-1)
+        return attention(q, k, v)[0, 0].sum(axis=-1)
 
     later = np.triu(np.ones((time, time), bool), 1)
     for name, jacobian in zip('kv', quick.jit(jax.jacrev(summed, (0, 1)))(k, v), strict=True):

@@ -14,6 +14,7 @@ from numpy_reference import block, cross_entropy, float64, gpt_logits, mlp
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, GPT2, GPT3, GPTConfig, stack_layers, unstack_layers
 from gpt_jax.models.gpt import MLP, Block
+from gpt_jax.models.token_info import TokenInfo
 
 RATES = ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout')
 
@@ -57,7 +58,7 @@ def test_a_part_equals_numpy_keeps_the_shape_and_passes_gradients(config, params
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 32), np.float32))
 
     def summed(layer, x):
-        y = module(config).apply({'params': layer}, x)
+        y = module(config).apply({'params': layer}, x, TokenInfo.of(x[..., 0], None, None))
         y = y[0] if module is Block else y
         return jnp.sum(weights * y), y
 
@@ -261,12 +262,12 @@ def test_an_input_longer_than_the_model_is_refused_with_both_numbers(config, par
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('factory', [GPT2, GPT3])
-def test_a_factory_takes_the_names_of_the_suite(factory):
+@pytest.mark.parametrize(('factory', 'pattern'), [(GPT2, 'dense'), (GPT3, 'alternating')])
+def test_a_factory_takes_the_names_of_the_suite(factory, pattern):
     sizes = {'vocab_size': 300, 'block_size': 24, 'n_layer': 2, 'n_head': 4, 'd_model': 32}
     plain = factory(**sizes)
     assert isinstance(plain, GPT)
-    assert plain.config == GPTConfig(**sizes)
+    assert plain.config == GPTConfig(**sizes, attention_pattern=pattern)
     assert factory(*sizes.values()).config == plain.config
     one_rate = factory(**sizes, dropout=0.1).config
     assert [getattr(one_rate, rate) for rate in RATES] == [0.1] * 4

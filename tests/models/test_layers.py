@@ -122,26 +122,37 @@ def test_layer_norm_statistics_are_float32_for_bf16_values_far_from_zero():
 
 def test_dropout_is_the_identity_without_an_rng():
     x = normal(0, (5, 7))
-    np.testing.assert_array_equal(Dropout(0.9).apply({}, x), x)
+    np.testing.assert_array_equal(Dropout(0.9).apply({}, x, jnp.arange(len(x))), x)
 
 
 def test_dropout_zeroes_at_its_rate_and_scales_what_is_left():
     x = 1 + jnp.abs(normal(0, (200, 200)))
-    y = np.asarray(Dropout(0.2).apply({}, x, rngs={'dropout': jax.random.key(0)}))
+    y = np.asarray(Dropout(0.2).apply({}, x, jnp.arange(len(x)), rngs={'dropout': jax.random.key(0)}))
     # 40 000 draws: the standard deviation of the share is 0.002.
     assert abs(np.mean(y == 0) - 0.2) < 0.01
     np.testing.assert_allclose(y[y != 0], np.asarray(x)[y != 0] / 0.8, rtol=1e-6)
 
 
+def dropped(x, rows, seed=0):
+    return Dropout(0.5).apply({}, x, rows, rngs={'dropout': jax.random.key(seed)})
+
+
 def test_dropout_follows_its_rng():
-    x = jnp.ones((50, 50))
-    first, again, other = (Dropout(0.5).apply({}, x, rngs={'dropout': jax.random.key(seed)}) for seed in (0, 0, 1))
+    x, rows = jnp.ones((50, 50)), jnp.arange(50)
+    first, again, other = (dropped(x, rows, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.mean(np.asarray(first) != np.asarray(other)) > 0.4
 
 
+def test_a_row_of_the_global_batch_keeps_its_mask_wherever_it_stands():
+    x = jnp.ones((6, 3, 40))
+    masks = np.asarray(dropped(x, jnp.arange(6)))
+    np.testing.assert_array_equal(dropped(x[:3], jnp.array([4, 0, 5])), masks[[4, 0, 5]])
+    assert len(np.unique(masks.reshape(6, -1), axis=0)) == 6
+
+
 def test_dropout_at_rate_zero_draws_nothing():
-    traced = jax.make_jaxpr(lambda key, x: Dropout(0.0).apply({}, x, rngs={'dropout': key}))
+    traced = jax.make_jaxpr(lambda key, x: Dropout(0.0).apply({}, x, jnp.arange(len(x)), rngs={'dropout': key}))
     assert 'random_bits' not in str(traced(jax.random.key(0), jnp.ones(4)))
 
 

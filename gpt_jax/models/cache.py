@@ -1,0 +1,108 @@
+"""The key-value cache: what each layer keeps of the tokens seen so far, and where new ones go.
+
+A dense layer has a slot for every token, filled in the order in which tokens come. A banded layer has one for each
+token of its band; a token's slot is its position modulo their number, so that a new token takes the place of the one
+that has left the band, whatever padding the rows of a batch have. Slots carry the position they hold, and that alone
+decides who sees them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.models.config import GPTConfig
+
+# Position stored for a slot that nobody may see.
+EMPTY = jnp.iinfo(jnp.int32).max
+
+Cache = dict[str, Any]
+
+
+def init_cache(config: GPTConfig, batch: int, length: int) -> Cache:
+    """An empty key-value cache for `length` tokens of `batch` sequences.
+
+    Returns:
+      `key` and `value`, tuples of one [batch, heads, slots, head_dim] array a layer in the compute dtype: `length`
+      slots, or `band_size` where that is less and the layer is banded; `positions` [batch, length], the position each
+      slot of a dense layer holds (EMPTY: none), and `band_positions` that of a banded one, where there are any;
+      `index`, the next slot of a dense layer.
+
+    Raises:
+      ValueError: `length` exceeds the model's block_size.
+    """
+    if length > config.block_size:
+        raise ValueError(f'a cache of {length} tokens exceeds block_size={config.block_size}')
+    slots = [min(length, config.band(layer) or length) for layer in range(config.n_layer)]
+    arrays = {
+        name: tuple(jnp.zeros((batch, config.n_head, count, config.head_dim), config.dtype) for count in slots)
+        for name in ('key', 'value')
+    }
+    cache = arrays | {'positions': jnp.full((batch, length), EMPTY, jnp.int32), 'index': jnp.zeros((), jnp.int32)}
+    if config.has_bands:
+        cache['band_positions'] = jnp.full((batch, min(length, config.band_size)), EMPTY, jnp.int32)
+    return cache
+
+
+def advance(cache: Cache, positions_BT: jax.Array) -> tuple[Cache, Cache]:
+    """Makes room for tokens at `positions_BT` (negative: padding, which is seen by nobody).
+
+    Returns:
+      The bookkeeping of the cache with the tokens in it, all but their keys and values; and what `extend` needs of it.
+    """
+    shown_BT = jnp.where(positions_BT < 0, EMPTY, positions_BT).astype(jnp.int32)
+    positions_BS = jax.lax.dynamic_update_slice(cache['positions'], shown_BT, (0, cache['index']))
+    after = {'positions': positions_BS, 'index': cache['index'] + positions_BT.shape[1]}
+    places = {'index': cache['index'], 'positions': positions_BS}
+    if 'band_positions' in cache:
+        before_BS = cache['band_positions']
+        slots_BT = _band_slots(positions_BT, before_BS.shape[1])
+        after['band_positions'] = jax.vmap(_put)(before_BS, slots_BT, shown_BT)
+        places |= {'band_slots': slots_BT, 'band_before': before_BS, 'band_after': after['band_positions']}
+        places['shown'] = shown_BT
+    return after, places
+
+
+def extend(
+    key_BNSK: jax.Array, value_BNSK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, places: Cache, banded: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Adds the keys and values of new tokens to those of one layer.
+
+    Args:
+      key_BNSK, value_BNSK: the layer's own part of the cache.
+      k_BNTK, v_BNTK: keys and values of the new tokens.
+      places: from `advance`.
+      banded: whether the layer is.
+
+    Returns:
+      Keys, values and their positions [batch, slots] for the new tokens to look at; the layer's keys and values after.
+    """
+    if not banded:
+        start = (0, 0, places['index'], 0)
+        stored = tuple(
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+            for old, new in ((key_BNSK, k_BNTK), (value_BNSK, v_BNTK))
+        )
+        return (*stored, places['positions']), stored
+    put = jax.vmap(jax.vmap(_put, in_axes=(0, None, 0)))
+    stored = put(key_BNSK, places['band_slots'], k_BNTK), put(value_BNSK, places['band_slots'], v_BNTK)
+    if k_BNTK.shape[2] == 1:
+        # The token that gives way to the new one is just outside of its band.
+        return (*stored, places['band_after']), stored
+    # Of several new tokens the first still see what gives way to the last.
+    seen = tuple(
+        jnp.concatenate([old, new.astype(old.dtype)], axis=2) for old, new in ((key_BNSK, k_BNTK), (value_BNSK, v_BNTK))
+    )
+    return (*seen, jnp.concatenate([places['band_before'], places['shown']], axis=1)), stored
+
+
+def _band_slots(positions_BT: jax.Array, slots: int) -> jax.Array:
+    """The slot of each token; `slots`, which does not exist, for padding and for tokens that later ones replace."""
+    last_B1 = jnp.max(positions_BT, axis=1, keepdims=True)
+    kept_BT = (positions_BT >= 0) & (positions_BT > last_B1 - slots)
+    return jnp.where(kept_BT, positions_BT % slots, slots)
+
+
+def _put(array_S: jax.Array, slots_T: jax.Array, values_T: jax.Array) -> jax.Array:
+    """[slots, ...] with `values_T` at `slots_T`; a slot that does not exist takes nothing."""
+    return array_S.at[slots_T].set(values_T.astype(array_S.dtype), mode='drop')
