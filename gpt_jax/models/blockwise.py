@@ -6,6 +6,7 @@ later half nor, in a banded layer, what lies before the band. The gradient is wr
 derivative.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +18,8 @@ QUERY_BLOCK = 128
 # Each block of dense attention is code of its own: longer sequences get larger blocks instead of more of them.
 MAX_BLOCKS = 16
 SMALLEST_BAND_BLOCK = 8
+# Scores of a banded layer alive at once: more would only leave the CPU's caches.
+SCORE_ELEMENTS = 2**20
 
 # What attention keeps for its backward pass: see `attention.SAVED_NAMES`.
 OUTPUT_NAME, LOGSUMEXP_NAME = 'attention', 'attention_logsumexp'
@@ -121,66 +124,96 @@ def _dense_backward(scale, residuals, dout_BNTK):
 blockwise_attention.defvjp(_dense_forward, _dense_backward)
 
 
-def _band_blocks(time: int, band: int) -> tuple[int, int, int]:
-    """(queries in a block, blocks, blocks before its own that a block sees)."""
-    size = min(QUERY_BLOCK, max(SMALLEST_BAND_BLOCK, band))
-    return size, -(-time // size), -(-(band - 1) // size)
+@dataclasses.dataclass(frozen=True)
+class _Band:
+    """How a banded layer's queries are cut: in blocks of `size`, each of which also sees the `back` blocks before it.
+
+    `group` blocks are worked on at once, `steps` times; time is padded to a whole number of groups.
+    """
+
+    band: int
+    size: int
+    back: int
+    group: int
+    steps: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], band: int) -> '_Band':
+        batch, heads, time, _ = shape
+        size = min(QUERY_BLOCK, max(SMALLEST_BAND_BLOCK, band))
+        back = -(-(band - 1) // size)
+        blocks = -(-time // size)
+        group = max(1, min(blocks, SCORE_ELEMENTS // (batch * heads * size * (back + 1) * size)))
+        return cls(band, size, back, group, -(-blocks // group))
+
+    def padded(self, x_BNTK: jax.Array, before: int = 0) -> jax.Array:
+        """x with zeros up to a whole number of groups after it, and `before` blocks of them before it."""
+        after = self.steps * self.group * self.size - x_BNTK.shape[2]
+        return jnp.pad(x_BNTK, ((0, 0), (0, 0), (before * self.size, after), (0, 0)))
+
+    def blocks(self, x_BNTK: jax.Array, step: jax.Array, extra: int = 0) -> jax.Array:
+        """[batch, heads, group + extra, size, ...]: the blocks of one step."""
+        count = self.group + extra
+        part = jax.lax.dynamic_slice_in_dim(x_BNTK, step * self.group * self.size, count * self.size, axis=2)
+        return part.reshape(*part.shape[:2], count, self.size, part.shape[3])
+
+    def windows(self, x_BNTK: jax.Array, step: jax.Array) -> jax.Array:
+        """The keys that each block of one step sees: those of the blocks before it and its own."""
+        blocks = self.blocks(x_BNTK, step, self.back)
+        return jnp.concatenate([blocks[:, :, i : i + self.group] for i in range(self.back + 1)], axis=3)
+
+    def add_windows(self, total_BNTK: jax.Array, windows: jax.Array, step: jax.Array) -> jax.Array:
+        """The transpose of `windows`: adds what each window holds to where it is from."""
+        part = self.blocks(total_BNTK, step, self.back)
+        for i in range(self.back + 1):
+            part = part.at[:, :, i : i + self.group].add(windows[:, :, :, i * self.size : (i + 1) * self.size])
+        part = part.reshape(*part.shape[:2], -1, part.shape[-1])
+        return jax.lax.dynamic_update_slice_in_dim(total_BNTK, part, step * self.group * self.size, axis=2)
+
+    def visible(self, step: jax.Array) -> jax.Array:
+        """[group, size, (back + 1) size]: which keys of its window a query sees."""
+        width = (self.back + 1) * self.size
+        offset_QS = jnp.arange(width) - self.back * self.size - jnp.arange(self.size)[:, None]
+        first_G1 = (step * self.group + jnp.arange(self.group)[:, None] - self.back) * self.size
+        return ((offset_QS <= 0) & (offset_QS > -self.band)) & (first_G1 + jnp.arange(width) >= 0)[:, None]
 
 
-def _query_blocks(x_BNTK, size: int, count: int):
-    """[batch, heads, time, ...] -> [batch, heads, count, size, ...], padded at the end with zeros."""
-    batch, heads, time, width = x_BNTK.shape
-    padded = jnp.pad(x_BNTK, ((0, 0), (0, 0), (0, count * size - time), (0, 0)))
-    return padded.reshape(batch, heads, count, size, width)
-
-
-def _key_windows(x_BNTK, size: int, count: int, back: int):
-    """The keys of each block: those of the `back` blocks before it and its own."""
-    blocks = _query_blocks(x_BNTK, size, count)
-    padded = jnp.pad(blocks, ((0, 0), (0, 0), (back, 0), (0, 0), (0, 0)))
-    return jnp.concatenate([padded[:, :, i : i + count] for i in range(back + 1)], axis=3)
-
-
-def _sum_windows(dwindows, size: int, count: int, back: int):
-    """The transpose of `_key_windows`, without its cut to the true length."""
-    batch, heads, _, _, width = dwindows.shape
-    total = jnp.zeros((batch, heads, back + count, size, width), dwindows.dtype)
-    for i in range(back + 1):
-        total = total.at[:, :, i : i + count].add(dwindows[:, :, :, i * size : (i + 1) * size])
-    return total[:, :, back:].reshape(batch, heads, count * size, width)
-
-
-def _in_band(size: int, count: int, back: int, band: int) -> jax.Array:
-    """[count, size, (back + 1) size]: which keys of its window a query sees."""
-    offset_QS = jnp.arange((back + 1) * size) - back * size - jnp.arange(size)[:, None]
-    key_CS = (jnp.arange(count)[:, None] - back) * size + jnp.arange((back + 1) * size)
-    return ((offset_QS <= 0) & (offset_QS > -band)) & (key_CS >= 0)[:, None]
+def _join_steps(parts: jax.Array, time: int) -> jax.Array:
+    """[steps, batch, heads, group, size, ...] -> [batch, heads, time, ...]."""
+    parts = jnp.moveaxis(parts, 0, 2)
+    return parts.reshape(*parts.shape[:2], -1, parts.shape[-1])[:, :, :time]
 
 
 def _banded_forward(q_BNTK, k_BNTK, v_BNTK, scale, band):
-    batch, heads, time, width = q_BNTK.shape
-    size, count, back = _band_blocks(time, band)
-    windows = (_key_windows(array, size, count, back) for array in (k_BNTK, v_BNTK))
-    visible = _in_band(size, count, back, band)
-    out, logsumexp = _attend(_query_blocks(q_BNTK, size, count), *windows, visible, scale)
-    out_BNTK = out.reshape(batch, heads, count * size, width)[:, :, :time]
-    logsumexp_BNT1 = logsumexp.reshape(batch, heads, count * size, 1)[:, :, :time]
+    cut = _Band.of(q_BNTK.shape, band)
+    queries, keys, values = cut.padded(q_BNTK), cut.padded(k_BNTK, cut.back), cut.padded(v_BNTK, cut.back)
+
+    def attend(_, step):
+        windows = (cut.windows(keys, step), cut.windows(values, step))
+        return None, _attend(cut.blocks(queries, step), *windows, cut.visible(step), scale)
+
+    _, parts = jax.lax.scan(attend, None, jnp.arange(cut.steps))
+    out_BNTK, logsumexp_BNT1 = (_join_steps(part, q_BNTK.shape[2]) for part in parts)
     return _residuals(q_BNTK, k_BNTK, v_BNTK, out_BNTK, logsumexp_BNT1)
 
 
 def _banded_backward(scale, band, residuals, dout_BNTK):
     q_BNTK, k_BNTK, v_BNTK, out_BNTK, logsumexp_BNT1 = residuals
-    batch, heads, time, width = q_BNTK.shape
-    size, count, back = _band_blocks(time, band)
-    windows = (_key_windows(array, size, count, back) for array in (k_BNTK, v_BNTK))
-    of_queries = (logsumexp_BNT1, _delta(dout_BNTK, out_BNTK), dout_BNTK)
-    blocks = (_query_blocks(array, size, count) for array in of_queries)
-    queries = _query_blocks(q_BNTK, size, count)
-    visible = _in_band(size, count, back, band)
-    dq, dk, dv = _attend_gradients(queries, *windows, visible, scale, *blocks)
-    dq_BNTK = dq.reshape(batch, heads, count * size, width)
-    gradients = (dq_BNTK, _sum_windows(dk, size, count, back), _sum_windows(dv, size, count, back))
-    return tuple(gradient[:, :, :time].astype(q_BNTK.dtype) for gradient in gradients)
+    cut, time = _Band.of(q_BNTK.shape, band), q_BNTK.shape[2]
+    keys, values = cut.padded(k_BNTK, cut.back), cut.padded(v_BNTK, cut.back)
+    of_queries = [cut.padded(array) for array in (q_BNTK, logsumexp_BNT1, _delta(dout_BNTK, out_BNTK), dout_BNTK)]
+
+    def gradients(carry, step):
+        queries, *blocks = (cut.blocks(array, step) for array in of_queries)
+        windows = (cut.windows(keys, step), cut.windows(values, step))
+        dq, *dwindows = _attend_gradients(queries, *windows, cut.visible(step), scale, *blocks)
+        return tuple(cut.add_windows(total, dw, step) for total, dw in zip(carry, dwindows, strict=True)), dq
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(gradients, (zeros, zeros), jnp.arange(cut.steps))
+    start = cut.back * cut.size
+    gradients = (_join_steps(dq, time), dk[:, :, start : start + time], dv[:, :, start : start + time])
+    return tuple(gradient.astype(q_BNTK.dtype) for gradient in gradients)
 
 
 banded_attention.defvjp(_banded_forward, _banded_backward)

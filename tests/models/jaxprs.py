@@ -7,10 +7,8 @@ def equations(jaxpr):
     """Every equation of a (closed) jaxpr, those inside scans, calls and custom gradients included."""
     for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
         yield equation
-        for value in equation.params.values():
-            for nested in value if isinstance(value, tuple | list) else (value,):
-                if hasattr(nested, 'eqns') or hasattr(nested, 'jaxpr'):
-                    yield from equations(nested)
+        for nested in _nested(equation):
+            yield from equations(nested)
 
 
 def largest_array(jaxpr) -> int:
@@ -20,11 +18,20 @@ def largest_array(jaxpr) -> int:
 
 
 def multiplications(jaxpr) -> int:
-    """Scalar products in the matrix multiplications; one inside a loop counts once."""
+    """Scalar products in the matrix multiplications, those in a scan as often as it runs."""
     total = 0
-    for equation in equations(jaxpr):
+    for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
         if equation.primitive.name == 'dot_general':
             (contracted, _), _ = equation.params['dimension_numbers']
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += depth * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params['length'] if equation.primitive.name == 'scan' else 1
+        total += times * sum(multiplications(nested) for nested in _nested(equation))
     return total
+
+
+def _nested(equation):
+    for value in equation.params.values():
+        for nested in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(nested, 'eqns') or hasattr(nested, 'jaxpr'):
+                yield nested

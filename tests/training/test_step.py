@@ -92,6 +92,15 @@ def test_micro_batches_draw_masks_of_their_own(lab):
     assert loss(2, 5) != pytest.approx(loss(5, 2), rel=1e-4)
 
 
+@pytest.mark.parametrize(('mesh', 'accumulation_steps'), [((1, 1, 1, 1), 2), ((8, 1, 1, 1), 1), ((2, 2, 1, 1), 2)])
+def test_dropout_is_the_same_on_any_number_of_devices_and_micro_batches(lab, assert_close, mesh, accumulation_steps):
+    state, rows = lab(mesh=mesh, accumulation_steps=accumulation_steps, dropout=0.3).run(2)
+    expected_state, expected_rows = lab(dropout=0.3).run(2)
+    assert rows[0]['loss'] == pytest.approx(expected_rows[0]['loss'], rel=1e-5)
+    assert rows[0]['grad_norm'] == pytest.approx(expected_rows[0]['grad_norm'], rel=1e-4)
+    assert_close(state.params, expected_state.params, rtol=1e-2, atol=1e-4)
+
+
 def test_it_learns_one_batch_by_heart(lab):
     one = lab()
     state, batch = one.state(), one.batch()
