@@ -143,8 +143,9 @@ class _Band:
         size = min(QUERY_BLOCK, max(SMALLEST_BAND_BLOCK, band))
         back = -(-(band - 1) // size)
         blocks = -(-time // size)
-        group = max(1, min(blocks, SCORE_ELEMENTS // (batch * heads * size * (back + 1) * size)))
-        return cls(band, size, back, group, -(-blocks // group))
+        at_once = max(1, SCORE_ELEMENTS // (batch * heads * size * (back + 1) * size))
+        steps = -(-blocks // at_once)
+        return cls(band, size, back, -(-blocks // steps), steps)
 
     def padded(self, x_BNTK: jax.Array, before: int = 0) -> jax.Array:
         """x with zeros up to a whole number of groups after it, and `before` blocks of them before it."""
