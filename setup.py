@@ -29,6 +29,7 @@ setup(
         'optax>=0.2.6',
         'orbax-checkpoint>=0.12',
         'platformdirs>=4.0',
+        'safetensors>=0.8',
         'tensorboardX>=2.6.2',
         'tokenizers>=0.21',
         'tqdm>=4.66',
@@ -38,6 +39,7 @@ setup(
         'cuda13': ['jax[cuda13]>=0.10'],
         'tpu': ['jax[tpu]>=0.10'],
         'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
+        'parity': ['torch>=2.6', 'transformers>=5.0'],
         'test': [
             'hypothesis>=6.100',
             'ipykernel>=6.29',

@@ -17,7 +17,7 @@ FLOORS = (
     {'cli'},
 )
 VERBS = {'main', 'generate', 'evaluate', 'prepare', 'convert', 'plan'}
-FREE = {'', 'errors'}  # gpt_jax itself (its version) and gpt_jax.errors
+FREE = {'', 'errors', 'folders'}  # gpt_jax itself (its version), gpt_jax.errors and gpt_jax.folders
 # Who alone may import what.
 RESERVED = {'ml_collections': VERBS | {'cli'}, 'absl.flags': VERBS | {'cli'}, 'configs': set()}
 FORBIDDEN = {

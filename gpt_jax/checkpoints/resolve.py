@@ -11,22 +11,37 @@ from typing import Any
 
 import jax
 
-from gpt_jax.checkpoints import manifest, steps, trees
+from gpt_jax.checkpoints import foreign, manifest, steps, trees
 from gpt_jax.errors import InputError
+from gpt_jax.models import huggingface
+
+NAME_ONE = 'give a workdir, a checkpoints/STEP folder or a Hugging Face directory'
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """One checkpoint on disk: its step folder (absolute), its step, and the workdir around it where there is one."""
+    """One checkpoint on disk.
+
+    Attributes:
+      folder: its step folder, or the Hugging Face directory; absolute.
+      step: 0 for a Hugging Face directory.
+      workdir: the workdir around it, where there is one.
+      huggingface: whether it is a Hugging Face directory.
+    """
 
     folder: pathlib.Path
     step: int
     workdir: pathlib.Path | None
+    huggingface: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """One checkpoint's parameters (nested dicts of jax arrays), its `meta`, its step and its step folder."""
+    """One checkpoint's parameters (nested dicts of jax arrays), its `meta`, its step and its folder.
+
+    `meta` has `model` (the fields of GPTConfig), `tokenizer` (the text of a tokenizer.json) and
+    `tokenizer_fingerprint`. What training saved has the experiment besides, under `config`.
+    """
 
     params: Any
     meta: dict[str, Any]
@@ -35,23 +50,29 @@ class Loaded:
 
 
 def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
-    """Find the checkpoint that `path` names: a workdir, its `checkpoints` folder, or a step folder anywhere.
+    """Find the checkpoint that `path` names.
+
+    That is a workdir, its `checkpoints` folder, a step folder anywhere, or a Hugging Face directory.
 
     Of several steps, the one of the lowest validation loss is taken, where any has one, else the latest; `step` names
     another. Raises InputError when the path does not exist, holds no finished checkpoint, or lacks that step.
     """
     given, path = path, pathlib.Path(path).expanduser().resolve()
     if not path.exists():
-        raise InputError(f'checkpoint {given} does not exist: give a workdir or a checkpoints/STEP folder')
+        raise InputError(f'checkpoint {given} does not exist: {NAME_ONE}')
     if manifest.exists(path):
         own_step = steps.read_meta(path)['step']
         if step not in (None, own_step):
             raise InputError(f'checkpoint {given} is step {own_step}, not {step}: give its workdir to choose a step')
         return Resolved(path, own_step, _workdir(path.parent))
+    if huggingface.is_directory(path):
+        if step is not None:
+            raise InputError(f'checkpoint {given} is a Hugging Face directory, which has no steps: leave --step out')
+        return Resolved(path, 0, None, huggingface=True)
     folder = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
     finished = steps.finished(folder)
     if not finished:
-        raise InputError(f'{given} holds no finished checkpoint: give a workdir or a checkpoints/STEP folder')
+        raise InputError(f'{given} holds no finished checkpoint: {NAME_ONE}')
     if step is None:
         losses = steps.val_losses(folder)
         step = min(losses, key=losses.get) if losses else finished[-1]
@@ -72,10 +93,13 @@ def load(
     shardings. Raises InputError as `resolve`, and when a file is missing or damaged.
     """
     found = resolve(path, step)
-    manifest.verify(found.folder, lambda name: not name.startswith('optimizer/'), way_out=steps.way_out(found.folder))
-    abstract = trees.stored(found.folder, 'params')
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(trees.default_device())
+    if found.huggingface:
+        meta = foreign.read_meta(found.folder)
+        return Loaded(foreign.read_params(found.folder, sharding), meta, found.step, found.folder)
+    manifest.verify(found.folder, lambda name: not name.startswith('optimizer/'), way_out=steps.way_out(found.folder))
+    abstract = trees.stored(found.folder, 'params')
     shardings = sharding(abstract) if callable(sharding) else jax.tree.map(lambda _: sharding, abstract)
     placed = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings

@@ -1,5 +1,6 @@
 """GPT-2 and GPT-3 as linen modules: arrays in, arrays out."""
 
+from gpt_jax.models import huggingface
 from gpt_jax.models.config import GPTConfig
 from gpt_jax.models.depth import stack_layers, unstack_layers
 from gpt_jax.models.gpt import GPT, GPT2, GPT3
@@ -11,6 +12,7 @@ __all__ = [
     'GPT3',
     'PRESETS',
     'GPTConfig',
+    'huggingface',
     'preset',
     'preset_config',
     'stack_layers',

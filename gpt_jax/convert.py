@@ -1,0 +1,45 @@
+"""Turn a Hugging Face directory into a checkpoint, or a checkpoint into a Hugging Face directory.
+
+    python -m gpt_jax.convert --source=DIR --target=NEW_DIR [--step=N] [--dtype=bf16]
+
+Which way it goes is found from what the source is. A Hugging Face directory of GPT-2 or GPT-Neo (config.json,
+safetensors, tokenizer) becomes one checkpoint folder, which --checkpoint takes. A workdir of gpt_jax.main or a
+checkpoint folder becomes a directory that transformers' AutoModelForCausalLM and AutoTokenizer open. The target appears
+whole or not at all.
+"""
+
+import pathlib
+
+from absl import flags
+
+from gpt_jax import cli
+from gpt_jax.errors import InputError
+
+SOURCE = flags.DEFINE_string('source', None, 'a Hugging Face directory, a workdir, or a checkpoints/STEP folder')
+TARGET = flags.DEFINE_string('target', None, 'the folder to make: new, or empty')
+STEP = flags.DEFINE_integer('step', None, 'which step of the workdir')
+DTYPE = flags.DEFINE_enum('dtype', None, ['f32', 'bf16', 'fp16'], 'of the Hugging Face tensors (default: f32)')
+
+
+def main() -> None:
+    """Converts, and prints what into what."""
+    for flag in (SOURCE, TARGET):
+        if flag.value is None:
+            raise InputError(f'--{flag.name} is missing; convert one folder into another: --source=DIR --target=DIR')
+    from gpt_jax import checkpoints
+
+    found = checkpoints.resolve(SOURCE.value, STEP.value)
+    if found.huggingface:
+        if DTYPE.value is not None:
+            raise InputError(f'--dtype={DTYPE.value}: parameters of a checkpoint are always f32; leave it out')
+        checkpoints.import_huggingface(found.folder, TARGET.value)
+        kind, use = 'checkpoint', f'python -m gpt_jax.generate --checkpoint={TARGET.value}'
+    else:
+        checkpoints.export_huggingface(SOURCE.value, TARGET.value, STEP.value, DTYPE.value or 'f32')
+        kind, use = 'Hugging Face directory', f"transformers.AutoModelForCausalLM.from_pretrained('{TARGET.value}')"
+    size = sum(path.stat().st_size for path in pathlib.Path(TARGET.value).rglob('*') if path.is_file())
+    print(f'{SOURCE.value} -> {kind} {TARGET.value}, {size / 1e6:,.1f} MB. Use it: {use}')
+
+
+if __name__ == '__main__':
+    cli.run(main, __doc__, ('source', 'target', 'step', 'dtype'))
