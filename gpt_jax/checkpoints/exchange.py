@@ -5,8 +5,11 @@ import os
 import pathlib
 from typing import Any
 
-from gpt_jax.checkpoints import foreign
-from gpt_jax.checkpoints.manager import Checkpoints
+import jax
+import orbax.checkpoint as ocp
+
+from gpt_jax.checkpoints import foreign, manifest
+from gpt_jax.checkpoints.manager import describe_save
 from gpt_jax.checkpoints.resolve import load
 from gpt_jax.data import Tokenizer
 from gpt_jax.data.tokenizer import END_OF_TEXT, UNKNOWN
@@ -22,12 +25,8 @@ def import_huggingface(source: str | os.PathLike, target: str | os.PathLike) -> 
     source = pathlib.Path(source).expanduser()
     meta = foreign.read_meta(source)
     with new_folder(target) as folder:
-        _, params = huggingface.load(source, lambda _, array: array)
-        with Checkpoints(folder) as checkpoints:
-            checkpoints.save(0, params, None, meta)
-        for path in list((folder / '0').iterdir()):
-            path.rename(folder / path.name)
-        (folder / '0').rmdir()
+        _, params = huggingface.load(source)
+        _write_checkpoint(folder, params, meta | describe_save(step=0))
 
 
 def export_huggingface(
@@ -53,6 +52,17 @@ def export_huggingface(
         (folder / 'tokenizer.json').write_text(tokenizer.to_json(), encoding='utf-8')
         _write_json(folder / 'tokenizer_config.json', _tokenizer_config(tokenizer, config.block_size))
         _write_json(folder / 'generation_config.json', ends | {'pad_token_id': tokenizer.end_of_text})
+
+
+def _write_checkpoint(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:
+    # `Checkpoints` saves in the background and copies everything first; here one array at a time is in flight.
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    params_handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9)
+    handler = ocp.CompositeCheckpointHandler(params=params_handler, meta=ocp.JsonCheckpointHandler())
+    items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
+    manifest.write(folder)
 
 
 def _tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Checkpoints:
         if step in self.steps():
             return False
         params, optimizer = trees.storable(params), trees.storable(optimizer)
-        meta = {**meta, 'step': int(step), 'val_loss': steps.finite_or_none(val_loss), 'versions': _versions()}
+        meta = {**meta, **describe_save(step, val_loss)}
         json.dumps(meta)  # a meta that is not JSON is refused here, not later in the background
         orbax = self._open()
         if (self.folder / str(step)).exists():
@@ -200,7 +200,9 @@ def _verify_together(step_folder: pathlib.Path) -> None:
         raise problem
 
 
-def _versions() -> dict[str, str]:
+def describe_save(step: int, val_loss: float | None = None) -> dict[str, Any]:
+    """What every checkpoint's `meta` says of its saving: `step`, `val_loss` (None where not finite), `versions`."""
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     versions = {package: importlib.metadata.version(package) for package in packages}
-    return {'gpt_jax': __version__, 'python': platform.python_version(), **versions}
+    versions = {'gpt_jax': __version__, 'python': platform.python_version(), **versions}
+    return {'step': int(step), 'val_loss': steps.finite_or_none(val_loss), 'versions': versions}

@@ -63,7 +63,7 @@ def load(
     folder = pathlib.Path(directory).expanduser()
     family, config = config_json.read(folder / 'config.json')
     wanted = layout(config, family)
-    place = place or (lambda _, array: jnp.asarray(array))
+    place = place or (lambda _, array: jax.device_put(array).block_until_ready())
     params = {}
     with tensor_files.open_tensors(folder) as tensors:
         names = _accounted_for(tensors, wanted, folder)
