@@ -92,5 +92,10 @@ def test_twenty_steps_of_adamw_follow_pytorchs(make, loaded, fidelity, tiny_conf
     fidelity('20 AdamW steps: losses', f'{name}, torch.optim.AdamW', np.abs(ours[:, 0] - theirs[:, 0]).max(), 1e-3)
     norms = np.abs(ours[:, 1] / theirs[:, 1] - 1).max()
     fidelity('20 AdamW steps: gradient norms, relative', f'{name}, torch.optim.AdamW', norms, 1e-3)
-    errors = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), trained, peers.tree(peer))
-    fidelity('20 AdamW steps: parameters', f'{name}, torch.optim.AdamW', max(jax.tree.leaves(errors)), 1e-2)
+    errors = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b), trained, peers.tree(peer))
+    if 'bias' in errors['blocks']['attention']['qkv']:
+        # A bias of the keys adds the same to every score of a query, so its gradient is zero but for rounding, and Adam
+        # divides that rounding by itself.
+        errors['blocks']['attention']['qkv']['bias'][:, 1] = 0
+    error = max(leaf.max() for leaf in jax.tree.leaves(errors))
+    fidelity('20 AdamW steps: parameters', f'{name}, torch.optim.AdamW', error, 1e-4)

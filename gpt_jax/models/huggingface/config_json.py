@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt_jax.errors import InputError
 from gpt_jax.models.config import GPTConfig
@@ -55,6 +55,8 @@ ONLY = {
     'auto_map': None,
 }
 
+KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number'}
+
 TORCH_DTYPES = {'f32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 
 
@@ -64,33 +66,25 @@ def read(path: pathlib.Path) -> tuple[str, GPTConfig]:
     Raises:
       InputError: naming file, key and value, where it is missing or damaged, or what it describes cannot be had here.
     """
-    document = _document(path)
-    family = document.get('model_type')
-    if family not in FIELDS:
+    keys = _Keys(path)
+    family = keys.document.get('model_type')
+    if not isinstance(family, str) or family not in FIELDS:
         raise InputError(f'{path}: model_type={family!r} cannot be read; {GPT2} (GPT-2) and {GPT_NEO} (GPT-Neo) can')
-
-    def refuse(key: str, reason: str) -> None:
-        raise InputError(f'{path}: {key}={json.dumps(document.get(key))} {reason}')
-
     for key, allowed in ONLY.items():
-        if (document.get(key) or allowed) != allowed:
-            refuse(key, 'has no counterpart here; use a model without it')
-    if document.get('activation_function', ACTIVATIONS[0]) not in ACTIVATIONS:
-        refuse('activation_function', f'has no counterpart here; these have: {", ".join(ACTIVATIONS)}')
-    fields = {}
-    for field, (key, default) in FIELDS[family].items():
-        fields[field] = document.get(key, default)
-        if type(fields[field]) is not type(default) and not (type(fields[field]) is int and type(default) is float):
-            refuse(key, f'must be a {"number" if isinstance(default, float) else type(default).__name__}')
-    fields['mlp_dropout'] = document.get(MLP_DROPOUT, fields['resid_dropout'])
-    width, d_model = document.get(MLP_WIDTH[family]), fields['d_model']
-    if width is not None:
-        if type(width) is not int or width < 1 or d_model < 1 or width % d_model:
-            refuse(MLP_WIDTH[family], f'is not a multiple of the width {d_model}, which it must be here')
+        if (keys.document.get(key) or allowed) != allowed:
+            keys.refuse(key, 'has no counterpart here; use a model without it')
+    if keys.document.get('activation_function', ACTIVATIONS[0]) not in ACTIVATIONS:
+        keys.refuse('activation_function', f'has no counterpart here; these have: {", ".join(ACTIVATIONS)}')
+    fields = {field: keys.take(key, default) for field, (key, default) in FIELDS[family].items()}
+    fields['mlp_dropout'] = keys.take(MLP_DROPOUT, fields['resid_dropout'])
+    if keys.document.get(MLP_WIDTH[family]) is not None:
+        width, d_model = keys.take(MLP_WIDTH[family], 1), max(fields['d_model'], 1)
+        if width % d_model:
+            keys.refuse(MLP_WIDTH[family], f'is not a multiple of the width {d_model}, which it must be here')
         fields['mlp_expansion'] = width // d_model
     if family == GPT_NEO:
-        fields |= _neo_attention(document, fields['n_layer'], refuse)
-    elif not document.get('scale_attn_weights', True):
+        fields |= _neo_attention(keys, fields['n_layer'])
+    elif not keys.take('scale_attn_weights', True):
         fields['attention_scale'] = 1.0
     try:
         return family, GPTConfig(**fields)
@@ -98,32 +92,45 @@ def read(path: pathlib.Path) -> tuple[str, GPTConfig]:
         raise InputError(f'{path}: {error}') from None
 
 
-def _document(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f'{path}: cannot be read ({error.strerror}); it must stand beside the weights') from None
-    except ValueError as error:
-        raise InputError(f'{path}: is no JSON ({error}); copy it again from where it came from') from None
-    if not isinstance(document, dict):
-        raise InputError(f'{path}: is no JSON object; copy it again from where it came from')
-    return document
+class _Keys:
+    """A config.json by its keys, with errors that name the file, the key and its value."""
+
+    def __init__(self, path: pathlib.Path):
+        try:
+            self.document = json.loads(path.read_bytes())
+        except OSError as error:
+            raise InputError(f'{path}: cannot be read ({error.strerror}); it must stand beside the weights') from None
+        except ValueError as error:
+            raise InputError(f'{path}: is no JSON ({error}); copy it again from where it came from') from None
+        if not isinstance(self.document, dict):
+            raise InputError(f'{path}: is no JSON object; copy it again from where it came from')
+        self._path = path
+
+    def take(self, key: str, default: bool | int | float) -> Any:
+        """The value of `key`, which must be of the default's type (a whole number may stand for a float)."""
+        value = self.document.get(key, default)
+        if type(value) is not type(default) and not (type(value) is int and type(default) is float):
+            self.refuse(key, f'must be {KINDS[type(default)]}')
+        return value
+
+    def refuse(self, key: str, reason: str) -> NoReturn:
+        raise InputError(f'{self._path}: {key}={json.dumps(self.document.get(key))} {reason}')
 
 
-def _neo_attention(document: dict[str, Any], n_layer: int, refuse) -> dict[str, Any]:
-    given = document.get('attention_types', [[['global', 'local'], 12]])
+def _neo_attention(keys: _Keys, n_layer: int) -> dict[str, Any]:
     try:
-        kinds = [kind for pattern, times in given for _ in range(times) for kind in pattern]
+        types = keys.document.get('attention_types', [[['global', 'local'], 12]])
+        kinds = [kind for pattern, times in types for _ in range(times) for kind in pattern]
     except (TypeError, ValueError):
-        kinds = None
-    if kinds is None or len(kinds) != n_layer or not set(kinds) <= {'global', 'local'}:
-        refuse('attention_types', f'does not name global or local for each of num_layers={n_layer}')
+        kinds = []
+    if len(kinds) != n_layer or any(kind not in ('global', 'local') for kind in kinds):
+        keys.refuse('attention_types', f'does not name global or local for each of num_layers={n_layer}')
     attention = {'qkv_bias': False, 'attention_scale': 1.0}
     if 'local' not in kinds:
         return attention
     if kinds != ['local' if layer % 2 else 'global' for layer in range(n_layer)]:
-        refuse('attention_types', 'has no counterpart here; all global has, and global and local in turn')
-    return attention | {'attention_pattern': 'alternating', 'band_size': document.get('window_size', 256)}
+        keys.refuse('attention_types', 'has no counterpart here; all global has, and global and local in turn')
+    return attention | {'attention_pattern': 'alternating', 'band_size': keys.take('window_size', 256)}
 
 
 def describe(config: GPTConfig, dtype: str) -> tuple[str, dict[str, Any]]:
@@ -141,7 +148,7 @@ def describe(config: GPTConfig, dtype: str) -> tuple[str, dict[str, Any]]:
     if config.mlp_dropout != config.resid_dropout:
         document[MLP_DROPOUT] = config.mlp_dropout
     if family == GPT2:
-        document |= {'n_ctx': config.block_size, 'scale_attn_weights': not _unscaled(config)}
+        document |= {'n_ctx': config.block_size, 'scale_attn_weights': config.attention_scale != 1.0}
     else:
         kinds = ['global' if config.band(layer) is None else 'local' for layer in range(config.n_layer)]
         document |= {'attention_types': [[[kind], 1] for kind in kinds], 'attention_layers': kinds}

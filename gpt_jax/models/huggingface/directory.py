@@ -172,7 +172,8 @@ def _tensors(parameter: Parameter, params: Any, dtype: Any) -> dict[str, np.ndar
     for tensor in parameter.tensors:
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         value = array[tensor.index].reshape(shape)
-        value = np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype, copy=False))
+        with np.errstate(over='ignore'):  # the next lines report it
+            value = np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype, copy=False))
         if dtype == jnp.float16 and np.any(np.isinf(value)):
             raise InputError(f'dtype=fp16 cannot hold the values of {"/".join(parameter.path)}; use bf16 or f32')
         name = tensor.name if tensor.name == HEAD else PREFIX + tensor.name
