@@ -3,7 +3,8 @@
     python -m gpt_jax.generate --checkpoint=runs/quickstart --prompt='The list' [--num_samples=3 --temperature=0.8 ...]
 
 The prompt is that of --prompt, or what comes on standard input. The checkpoint alone is enough: a workdir of
-gpt_jax.main (its best step where one is known, else its latest), or one checkpoints/STEP folder.
+gpt_jax.main (its best step where one is known, else its latest), one checkpoints/STEP folder, or a Hugging Face
+directory of GPT-2 or GPT-Neo.
 """
 
 import json
@@ -15,7 +16,9 @@ from absl import flags
 from gpt_jax import cli
 from gpt_jax.errors import InputError
 
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'a workdir, or a checkpoints/STEP folder')
+CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None, 'a workdir, a checkpoints/STEP folder, or a Hugging Face directory'
+)
 STEP = flags.DEFINE_integer('step', None, 'which step of the workdir')
 PROMPT = flags.DEFINE_string('prompt', None, 'text to continue; unset: read from standard input')
 STRATEGY = flags.DEFINE_enum('strategy', 'sample', ['greedy', 'sample'], 'how tokens are chosen: greedy or sample')
