@@ -60,7 +60,4 @@ def _tokenizer(folder: pathlib.Path) -> Tokenizer:
             f'{folder} has no tokenizer; put tokenizer.json there, or vocab.json with merges.txt, from where the '
             'weights came'
         )
-    try:
-        return gpt2(folder)
-    except InputError as error:
-        raise InputError(f'{folder}: {error}') from None
+    return gpt2(folder)

@@ -26,13 +26,16 @@ class Resolved:
       folder: its step folder, or the Hugging Face directory; absolute.
       step: 0 for a Hugging Face directory.
       workdir: the workdir around it, where there is one.
-      huggingface: whether it is a Hugging Face directory.
     """
 
     folder: pathlib.Path
     step: int
     workdir: pathlib.Path | None
-    huggingface: bool = False
+
+    @property
+    def huggingface(self) -> bool:
+        """Whether it is a Hugging Face directory."""
+        return not manifest.exists(self.folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
     if huggingface.is_directory(path):
         if step is not None:
             raise InputError(f'checkpoint {given} is a Hugging Face directory, which has no steps: leave --step out')
-        return Resolved(path, 0, None, huggingface=True)
+        return Resolved(path, 0, None)
     folder = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
     finished = steps.finished(folder)
     if not finished:

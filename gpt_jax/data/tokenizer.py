@@ -96,7 +96,7 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions, for bad JSON and bad content alike
-            raise InputError(f'not a tokenizer.json: {_first_line(error)}; prepare the data again') from None
+            raise InputError(f'not a tokenizer.json: {_first_line(error)}; use another one') from None
         return cls(inner)
 
     def save(self, path: str | os.PathLike) -> None:

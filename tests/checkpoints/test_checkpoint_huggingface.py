@@ -34,7 +34,9 @@ def folder(tmp_path, params):
 
 
 def test_it_is_resolved_without_a_step_and_without_a_workdir(folder):
-    assert checkpoints.resolve(folder) == checkpoints.Resolved(folder, 0, None, huggingface=True)
+    found = checkpoints.resolve(folder)
+    assert found == checkpoints.Resolved(folder, 0, None)
+    assert found.huggingface
     with pytest.raises(InputError, match='is a Hugging Face directory, which has no steps: leave --step out'):
         checkpoints.resolve(folder, step=3)
 
@@ -65,7 +67,9 @@ def test_its_parameters_go_where_a_sharding_says(folder, params):
 
 def test_imported_it_is_a_checkpoint_of_the_same_content(folder, params, tmp_path):
     checkpoints.import_huggingface(folder, tmp_path / 'new')
-    assert checkpoints.resolve(tmp_path / 'new') == checkpoints.Resolved(tmp_path / 'new', 0, None)
+    found = checkpoints.resolve(tmp_path / 'new')
+    assert found == checkpoints.Resolved(tmp_path / 'new', 0, None)
+    assert not found.huggingface
     loaded, direct = checkpoints.load(tmp_path / 'new'), checkpoints.load(folder)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     assert {key: loaded.meta[key] for key in direct.meta} == direct.meta

@@ -55,9 +55,8 @@ def test_there_and_back_gives_the_same_bits(make, dtype, tmp_path):
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, peer(tokens).logits)
-    print(
-        f'\nfidelity: | files in {dtype}: there and back | {type(peer).__name__}.save_pretrained | identical | identical |'
-    )
+    name = type(peer).__name__
+    print(f'\nfidelity: | files in {dtype}: there and back | {name}.save_pretrained | identical | identical |')
 
 
 RATES = {'resid_pdrop': 0.3, 'embd_pdrop': 0.2, 'attn_pdrop': 0.1}
