@@ -1,5 +1,6 @@
 """Running the layers one after another: as one scan or unrolled, keeping all activations or making some again."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,14 @@ def run_layers(config: GPTConfig, block: Callable, blocks: Params | tuple[Params
 
     def group(x_BTD, inputs):
         group_params, first = inputs
-        for offset, layer_params in enumerate(layer_trees(group_params, period)):
+        for offset, layer_params in enumerate(group_params):
             x_BTD = one(x_BTD, layer_params, first + offset, config.band(offset))
         return x_BTD, None
 
-    grouped = jax.tree.map(lambda a: a[: groups * period].reshape(groups, period, *a.shape[1:]), blocks)
+    # One tree for each place in a group. What the scan itself slices is there for the backward pass; a slice of such a
+    # slice would be stored once more, for all layers.
+    places = [slice(offset, groups * period, period) for offset in range(period)]
+    grouped = tuple(blocks if period == 1 else jax.tree.map(operator.itemgetter(place), blocks) for place in places)
     x_BTD, _ = jax.lax.scan(group, x_BTD, (grouped, jnp.arange(groups) * period))
     if config.n_layer % period:
         last = config.n_layer - 1

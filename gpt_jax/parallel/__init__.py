@@ -1,15 +1,26 @@
 """The ground floor: the device mesh, what is sharded along which axis, and constraints on activations."""
 
-from gpt_jax.parallel.mesh import AXES, MeshConfig, activate, constrain, current_mesh, make_mesh
+from gpt_jax.parallel.mesh import (
+    AXES,
+    MeshConfig,
+    activate,
+    axis_sizes,
+    constrain,
+    current_mesh,
+    make_abstract_mesh,
+    make_mesh,
+)
 from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, replicated, tree_shardings
 
 __all__ = [
     'AXES',
     'MeshConfig',
     'activate',
+    'axis_sizes',
     'batch_sharding',
     'constrain',
     'current_mesh',
+    'make_abstract_mesh',
     'make_mesh',
     'parameter_spec',
     'replicated',

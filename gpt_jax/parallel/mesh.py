@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.errors import InputError
 
@@ -48,18 +48,38 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       InputError: the sizes do not multiply to the number of devices, or more than one of them is -1.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(config, len(devices))
+    # Explicit axes, today's default, make linen modules fail: the compiler is to propagate what we constrain.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def make_abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """A mesh of `count` devices that need not be here: shapes can be split over it, and nothing run.
+
+    Raises:
+      InputError: as `make_mesh`.
+    """
+    sizes = axis_sizes(config, count)
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
+    """The size of each axis over `count` devices, -1 filled in.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices, or more than one of them is -1.
+    """
     sizes = dataclasses.asdict(config)
     shown = ', '.join(f'mesh.{axis}={size}' for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise InputError(f'{shown}: sizes are positive, and at most one of them is -1 (the devices the others leave)')
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        raise InputError(f'{shown} does not divide the {len(devices)} devices here; make their product {len(devices)}')
-    # Explicit axes, today's default, make linen modules fail: the compiler is to propagate what we constrain.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if free and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if math.prod(sizes.values()) != count:
+        raise InputError(f'{shown} does not divide the {count} devices; make their product {count}')
+    return sizes
 
 
 @contextlib.contextmanager

@@ -13,33 +13,16 @@ import jax
 import tensorboardX
 
 from gpt_jax.models import GPTConfig
-
-# Dense bf16 peak of one device in FLOP/s, by jax's `device_kind`; from the makers' data sheets.
-PEAK_FLOPS = {
-    'NVIDIA A100-SXM4-40GB': 312e12,
-    'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA H100 80GB HBM3': 989e12,
-    'NVIDIA H200': 989e12,
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5': 459e12,
-    'TPU v5p': 459e12,
-    'TPU v6 lite': 918e12,
-}
-
-
-def training_flops_per_token(config: GPTConfig) -> int:
-    """6 N + 12 L D T: forward and backward, N without position embeddings (PaLM paper, appendix B)."""
-    weights = config.num_parameters - config.block_size * config.d_model
-    return 6 * weights + 12 * config.n_layer * config.d_model * config.block_size
+from gpt_jax.models.counts import training_flops_per_token
+from gpt_jax.parallel.devices import DEVICES
 
 
 def model_flops_utilisation(config: GPTConfig, tokens_per_second: float) -> float | None:
     """Share of all devices' peak that the model's arithmetic takes; None where the peak is not known."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    if peak is None:
+    device = DEVICES.get(jax.devices()[0].device_kind)
+    if device is None:
         return None
-    return tokens_per_second * training_flops_per_token(config) / (peak * jax.device_count())
+    return tokens_per_second * training_flops_per_token(config) / (device.peak_flops * jax.device_count())
 
 
 class Throughput:

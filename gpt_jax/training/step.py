@@ -20,9 +20,13 @@ Metrics = dict[str, jax.Array]
 CPU_OPTIONS = {'xla_cpu_experimental_ynn_fusion_type': ''}
 
 
-def compiler_options() -> dict[str, Any] | None:
-    """XLA options of the compiled steps, for the platform that is in use."""
-    return CPU_OPTIONS if jax.default_backend() == 'cpu' else None
+def compiler_options(mesh: Mesh | None = None) -> dict[str, Any] | None:
+    """XLA options of a program for the devices of `mesh`, or for those in use.
+
+    A step can be compiled for devices that are not here: it is the mesh that says what they are.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return CPU_OPTIONS if platform == 'cpu' else None
 
 
 def make_train_step(
@@ -56,7 +60,7 @@ def make_train_step(
         in_shardings=(state_shardings, batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options(mesh),
     )
 
 
@@ -133,7 +137,7 @@ def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Any, Batch], dict[str, j
             losses_BT = model.apply({'params': params}, batch['tokens'], batch['targets'], method='token_losses')
             return {'loss': jnp.sum(losses_BT * batch['weights']), 'tokens': jnp.sum(batch['weights'])}
 
-    return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=compiler_options())
+    return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
 
 
 def make_put_batch(mesh: Mesh) -> Callable[[dict[str, Any]], Batch]:

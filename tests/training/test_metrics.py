@@ -8,9 +8,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from gpt_jax.models import GPTConfig
+from gpt_jax.models.counts import training_flops_per_token as flops_per_token
+from gpt_jax.parallel.devices import Device
 from gpt_jax.training import metrics
 from gpt_jax.training.metrics import MetricsLog, Throughput, model_flops_utilisation, read_rows
-from gpt_jax.training.metrics import training_flops_per_token as flops_per_token
 
 
 def read_tensorboard(workdir):
@@ -97,19 +98,10 @@ def test_a_run_writes_to_tensorboard_what_it_writes_to_its_rows(finished_run):
     assert tags == {f'train/{name}' for name in training} | {f'validation/{name}' for name in validation}
 
 
-def test_flops_are_six_a_weight_and_twelve_a_pair_of_tokens():
-    # 12 layers of 12 d^2 weights and 13 d biases and gains, one more gain and bias, and the head.
-    d, vocab, context, layers = 768, 50257, 1024, 12
-    weights = layers * (12 * d * d + 13 * d) + 2 * d + vocab * d
-    config = GPTConfig(vocab, context, layers, n_head=12, d_model=d)
-    assert flops_per_token(config) == 6 * weights + 12 * layers * d * context
-    assert flops_per_token(config) == pytest.approx(8.6e8, rel=0.01)  # as nanoGPT's
-
-
 def test_utilisation_is_the_share_of_all_devices_peak_and_none_where_it_is_unknown(monkeypatch):
     config = GPTConfig(100, 64, 2, n_head=2, d_model=32)
     assert model_flops_utilisation(config, 1000.0) is None
-    monkeypatch.setitem(metrics.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    monkeypatch.setitem(metrics.DEVICES, jax.devices()[0].device_kind, Device(1e9, 2**30))
     expected = 1000.0 * flops_per_token(config) / (8 * 1e9)
     assert model_flops_utilisation(config, 1000.0) == pytest.approx(expected)
 
