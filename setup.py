@@ -38,6 +38,7 @@ setup(
         'cuda12': ['jax[cuda12]>=0.10'],
         'cuda13': ['jax[cuda13]>=0.10'],
         'tpu': ['jax[tpu]>=0.10'],
+        'tpu-aot': ['libtpu>=0.0.30'],
         'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
         'parity': ['torch>=2.6', 'transformers>=5.0'],
         'test': [

@@ -31,6 +31,10 @@ def main() -> None:
     """Plans and prints."""
     config = cli.read_config(CONFIG)
     _check_flags()
+    import jax
+
+    # Nothing is run: devices that are here stay free for others.
+    jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
     from gpt_jax.training import RunConfig, plans, prefer_overrides
 
@@ -41,7 +45,7 @@ def main() -> None:
     if devices and count != len(devices):
         raise InputError(f'--devices={count}, but --topology={TOPOLOGY.value} has {len(devices)}; leave --devices out')
     kind = devices[0].device_kind if devices else DEVICE_KIND.value
-    device = planning.find_device(kind)
+    device = planning.find_device(kind, known=devices is None)
     setup = planning.Setup.of(
         plans.model_config(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
     )

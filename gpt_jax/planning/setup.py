@@ -70,11 +70,11 @@ class Setup:
         return ' '.join(f'--config.{key}={value}' for key, value in changed)
 
 
-def setup_memory(setup: Setup, state: Any) -> Memory:
+def setup_memory(setup: Setup, state: Any, cpu: bool = False) -> Memory:
     """The estimate for one device; `state` is the training state (`params`, `opt_state`) as sharded shapes."""
     mesh = dataclasses.asdict(setup.mesh)
     return training_memory(
-        setup.config, state.params, state.opt_state, mesh, setup.batch_size, setup.accumulation_steps
+        setup.config, state.params, state.opt_state, mesh, setup.batch_size, setup.accumulation_steps, cpu
     )
 
 

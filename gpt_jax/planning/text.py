@@ -113,9 +113,14 @@ def _compiled(plan: Plan) -> list[str]:
         rows = [_row(name, size(found[f'{name}_bytes'])) for name in ('arguments', 'outputs', 'temporaries')]
         return [title, *rows, _row('total', size(found['needed_bytes']), 'it fits')]
     what = 'temporaries alone' if found['temporaries_bytes'] else 'total'
-    over = f'{size(found["needed_bytes"] - found["available_bytes"])} too much'
-    note = f'does not fit: of {size(found["available_bytes"])} that there are, {over}'
-    return [title, _row(what, size(found['needed_bytes']), note)]
+    return [title, _row(what, size(found['needed_bytes']), _verdict(found))]
+
+
+def _verdict(found: Plan) -> str:
+    if found['fits']:
+        return f'it fits, with {size(found["needed_bytes"])}'
+    over = size(found['needed_bytes'] - found['available_bytes'])
+    return f'does not fit: there are {size(found["available_bytes"])}, {over} too few'
 
 
 def _advice(plan: Plan) -> list[str]:
@@ -123,9 +128,9 @@ def _advice(plan: Plan) -> list[str]:
     if found is None:
         return []
     if not found['changes']:
-        return ['No change of remat, mesh or micro-batches is left that would make it smaller: take more devices.']
+        return ['No change of remat, mesh or micro-batches is left that makes it smaller: take more devices.']
     rows = [f'  {size(change["total_bytes"]):>12}  {change["flags"]}' for change in found['changes']]
-    if found['fits']:
-        checked = ['  checked by the TPU compiler: ' + found['verified']] if 'verified' in found else []
-        return ['What would fit, by the estimate (--verify compiles the first of them)', *rows, *checked]
-    return ['Nothing fits on these devices, by the estimate: take more of them. The smallest is', *rows]
+    if not found['fits']:
+        return ['By the estimate nothing fits on these devices: take more of them. The smallest is', *rows]
+    checked = [f'  The TPU compiler says of the first: {_verdict(found["verified"])}.'] if 'verified' in found else []
+    return ['What would fit, by the estimate', *rows, *checked]
