@@ -14,7 +14,7 @@ SIZES = ('125m', '350m', '760m', '1.3b', '2.7b', '6.7b', '13b', '175b', 'ada', '
 
 
 def get_config(size: str = '125m') -> ml_collections.ConfigDict:
-    """Everything that the paper tells is in the gpt3 recipe (gpt_jax/training/recipe.py)."""
+    """Everything that the paper tells is in the gpt3 recipe (gpt_jax/training/recipe_values.py)."""
     if size not in SIZES:
         raise ValueError(f'there is no size {size!r}; choose one of {", ".join(SIZES)}')
     config = base.get_config()

@@ -54,6 +54,8 @@ def main() -> None:
         return planning.setup_memory(setup, plans.abstract_state_of(run, setup.config, setup.mesh))
 
     length = LENGTH.value or setup.config.block_size
+    if length > setup.config.block_size:
+        raise InputError(f'--decode_length={length} exceeds model.block_size={setup.config.block_size}')
     peak = PEAK_TFLOPS.value * 1e12 if PEAK_TFLOPS.value else device and device.peak_flops
     limit = device and device.memory_bytes
     estimate = memory(setup)
@@ -92,6 +94,8 @@ def _check_flags() -> None:
     for flag in (DEVICES, PEAK_TFLOPS, DOLLARS, BATCH, LENGTH):
         if flag.value is not None and not 0 < flag.value < float('inf'):
             raise InputError(f'--{flag.name}={flag.value} must be above 0')
+    if VERIFY.value and not TOPOLOGY.value:
+        raise InputError('--verify needs --topology: it is the TPU compiler that verifies')
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from gpt_jax.errors import InputError
-from gpt_jax.parallel import AXES, MeshConfig, activate, constrain, current_mesh, make_mesh
+from gpt_jax.parallel import AXES, MeshConfig, activate, constrain, current_mesh, make_abstract_mesh, make_mesh
 
 
 def sizes(mesh):
@@ -34,6 +34,13 @@ def test_a_mesh_has_the_four_axes_in_order_and_minus_one_takes_what_is_left(conf
 
 def test_the_axes_are_left_to_the_compiler():
     assert make_mesh(MeshConfig()).axis_types == (AxisType.Auto,) * 4
+
+
+def test_a_mesh_of_devices_that_are_not_here_has_the_sizes_of_one_that_is():
+    assert make_abstract_mesh(MeshConfig(data=-1, fsdp=128), 512).shape == dict(zip(AXES, (4, 128, 1, 1), strict=True))
+    assert make_abstract_mesh(MeshConfig(), 8).shape == make_mesh(MeshConfig()).shape
+    with pytest.raises(InputError, match=r'mesh\.fsdp=3.* does not divide the 512 devices'):
+        make_abstract_mesh(MeshConfig(fsdp=3), 512)
 
 
 def test_a_mesh_may_be_made_of_some_devices():

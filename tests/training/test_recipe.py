@@ -4,7 +4,9 @@ import pytest
 
 from gpt_jax.errors import InputError
 from gpt_jax.models import PRESETS
-from gpt_jax.training import recipe
+from gpt_jax.training import RunConfig, recipe
+from gpt_jax.training.config import as_dict
+from gpt_jax.training.recipe import facts, notes, provenance
 
 # GPT-3 (2020), table 2.1: learning rate, and the batch as tokens are rounded there, in tokens of 2048-token sequences.
 TABLE = {
@@ -68,7 +70,7 @@ def test_gpt2_takes_its_batch_from_the_paper_and_the_rest_from_gpt1():
 
 @pytest.mark.parametrize(('version', 'preset'), VERSIONS)
 def test_every_value_has_a_source_that_says_whether_it_is_assumed(version, preset):
-    for key, value in recipe(version, preset).items():
+    for key, value in (recipe(version, preset) | facts(version, preset)).items():
         assert re.match(r'(paper|assumed): \S', value.source), key
 
 
@@ -90,3 +92,39 @@ def test_a_size_of_another_version_or_an_unknown_version_is_refused():
         recipe('gpt3', 'gpt2-small')
     with pytest.raises(InputError, match=r"model\.version='gpt5' must be gpt2 or gpt3"):
         recipe('gpt5')
+
+
+def test_the_batch_ramps_from_32k_tokens_over_4_to_12_billion_the_longer_the_larger_the_batch():
+    rows = [facts('gpt3', f'gpt3-{size}') for size in TABLE]
+    assert {row['ramp_first_tokens'].value for row in rows} == {32_000}
+    lengths = [row['ramp_tokens'].value for row in rows]
+    assert lengths == sorted(lengths)
+    assert (lengths[0], lengths[-1]) == (4e9, 12e9)
+    assert all(row['ramp_tokens'].source.startswith('assumed: GPT-3, appendix B') for row in rows)
+
+
+def test_gpt3_trains_on_300_billion_tokens_of_2048_and_its_bands_are_assumed():
+    values = facts('gpt3', 'gpt3-175b')
+    assert (values['training_tokens'].value, values['context'].value, values['band_size'].value) == (300e9, 2048, 256)
+    assert values['band_size'].source.startswith('assumed')
+    assert facts('gpt2')['training_tokens'].value is None
+
+
+def test_the_two_rows_that_contradict_themselves_and_the_tiers_are_explained():
+    assert '24 x 128 = 3072' in notes('gpt3-1.3b')[0]
+    assert '40 x 128 = 5120' in notes('gpt3-13b')[0]
+    assert 'gpt3-2.7b' in notes('gpt3-curie')[0]
+    silent = [name for name in PRESETS if not notes(name)]
+    assert len(silent) == 4 + 8 - 2  # GPT-2's four, and the six rows that hold
+
+
+def test_what_an_experiment_changes_is_marked_with_what_the_recipe_has(tiny_config):
+    config = tiny_config({'model.version': 'gpt3', 'optimizer.learning_rate': 1e-3})
+    found = provenance(as_dict(RunConfig.resolve(config)))
+    assert found['optimizer.beta2'].source == 'paper: GPT-3, appendix B'
+    assert found['optimizer.learning_rate'].value == 1e-3
+    assert found['optimizer.learning_rate'].source.startswith('set by the config; learning_rate=0.0006 (')
+    # Another key of the same length stands in the recipe's place.
+    assert 'schedule.warmup_tokens' not in found
+    assert found['schedule.warmup_steps'].value == 2
+    assert 'warmup_tokens=375,000,000 (paper: GPT-3, appendix B)' in found['schedule.warmup_steps'].source

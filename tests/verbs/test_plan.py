@@ -1,0 +1,105 @@
+import json
+import re
+
+import pytest
+
+POD = ('--config=configs/gpt3.py:175b', '--devices=512', '--config.mesh.data=1', '--config.mesh.fsdp=512')
+
+
+def test_help_names_the_flags_and_exits_0(process):
+    result = process('plan', '--help')
+    assert (result.returncode, result.stderr) == (0, '')
+    for text in ('python -m gpt_jax.plan --config=', '--topology: ', '--mfu: ', '--dollars_per_device_hour: '):
+        assert text in result.stdout
+
+
+def test_a_plan_of_175b_says_everything_with_its_unit_on_about_a_screen(verb):
+    arguments = ('--config.train.batch_size=1536', '--device_kind=TPU v5p', '--dollars_per_device_hour=2')
+    status, output, errors = verb('plan', *POD, *arguments)
+    assert (status, errors) == (0, '')
+    for line in (
+        r'optimizer.beta2 +0.95 +paper: GPT-3, appendix B',
+        r'model.dropout +0 +assumed: the paper states none',
+        r'train.batch_size +1,536 +set by the config; batch_size=1,600 \(paper: GPT-3, table 2.1\)',
+        r'band_size +256 +assumed: ',
+        r'ramp_tokens +12,000,000,000 +assumed: ',
+        r'total +174,604,259,328',
+        r'total without embeddings +173,961,535,488',
+        r'in all +3.191e\+23 FLOP +300,001,787,904 tokens',
+        r'parameters +1.33 GiB +float32',
+        r'optimizer +2.66 GiB',
+        r'total +[\d.]+ GiB +\d+% of the 95.00 GiB of a TPU v5p',
+        r'1 x 2,048 tokens +5.06 GiB +9.00 GiB if all layers were dense',
+        r'wall time +[\d.]+ days +459 TFLOP/s a device, of which 40% are used',
+        r'cost +[\d,]+ USD',
+        r'What would fit, by the estimate',
+        r'[\d.]+ GiB +--config.model.remat=full',
+    ):
+        assert re.search(rf'^ *{line}', output, re.MULTILINE), line
+    assert len(output.splitlines()) < 65
+
+
+def test_json_is_one_object_with_the_same_numbers(verb):
+    status, output, _ = verb('plan', *POD, '--config.train.batch_size=512', '--peak_tflops=100', '--mfu=0.5', '--json')
+    assert status == 0
+    plan = json.loads(output)
+    assert plan['parameters']['total'] == sum(plan['parameters']['parts'].values()) == 174_604_259_328
+    assert plan['recipe']['optimizer.learning_rate'] == {'value': 6e-5, 'source': 'paper: GPT-3, table 2.1'}
+    assert plan['memory']['mesh'] == {'data': 1, 'fsdp': 512, 'tensor': 1, 'context': 1}
+    parts = [value for key, value in plan['memory'].items() if key.endswith('_bytes') and key not in TOTALS]
+    assert sum(parts) == plan['memory']['total_bytes']
+    seconds = plan['training_flops']['total'] / (512 * 100e12 * 0.5)
+    assert plan['cost']['days'] == pytest.approx(seconds / 86400)
+    assert plan['cost']['dollars'] is None
+
+
+TOTALS = ('total_bytes', 'device_bytes')
+
+
+def test_the_row_of_the_table_that_contradicts_itself_is_explained(verb):
+    _, output, _ = verb('plan', '--config=configs/gpt3.py:1.3b')
+    assert 'Table 2.1 gives 24 heads of 128 at width 2048' in output
+
+
+def test_what_cannot_be_known_is_said_and_how_to_know_it(verb):
+    _, output, _ = verb('plan', '--config=configs/suite_mini.py')
+    assert 'the run is given in epochs; give --config.train.tokens' in output
+    assert 'unknown: give --device_kind or --peak_tflops' in output
+    assert 'set by the config; warmup_tokens=375,000,000' in output
+
+
+def test_remat_and_micro_batches_make_the_plan_smaller(verb):
+    def total(*arguments):
+        _, output, _ = verb('plan', '--config=configs/gpt2_small.py', '--json', *arguments)
+        return json.loads(output)['memory']['total_bytes']
+
+    assert total() > total('--config.model.remat=names') > total('--config.model.remat=full')
+    assert total() > total('--config.train.accumulation_steps=64')
+    assert total() > total('--config.mesh.fsdp=8', '--devices=8')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], '--config is missing; try --config=configs/quickstart.py'),
+        (['--config=configs/gpt3.py:4b'], "there is no size '4b'"),
+        (['SMOKE', '--mfu=0'], '--mfu=0.0 must be above 0 and at most 1'),
+        (['SMOKE', '--mfu=1.5'], '--mfu=1.5 must be above 0 and at most 1'),
+        (['SMOKE', '--devices=0'], '--devices=0 must be above 0'),
+        (['SMOKE', '--peak_tflops=-1'], '--peak_tflops=-1.0 must be above 0'),
+        (['SMOKE', '--dollars_per_device_hour=inf'], '--dollars_per_device_hour=inf must be above 0'),
+        (['SMOKE', '--devices=6', '--config.mesh.fsdp=4'], 'does not divide the 6 devices'),
+        (['SMOKE', '--devices=32'], 'train.batch_size=8 in 1 micro-batches is not divisible by the 32 devices'),
+        (['SMOKE', '--device_kind=H100'], '--device_kind=H100 is not one of'),
+        (['SMOKE', '--decode_length=33'], '--decode_length=33 exceeds model.block_size=32'),
+        (['SMOKE', '--config.model.remat=some'], "model.remat='some' must be one of"),
+        (
+            ['SMOKE', '--config.mesh.fsdp=5', '--devices=5', '--config.train.batch_size=5'],
+            'mesh.fsdp=5 does not divide',
+        ),
+        (['SMOKE', '--verify'], '--verify needs --topology'),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_status_1(refused, arguments, message):
+    arguments = ['--config=configs/smoke.py' if argument == 'SMOKE' else argument for argument in arguments]
+    assert message in refused('plan', *arguments)
