@@ -3,7 +3,7 @@
     python -m gpt_jax.main --config=configs/NAME.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
 
 "Unset" keys are placeholders. Those marked (recipe) are filled in by the recipe of `model.version`
-(gpt_jax/training/recipe_values.py, which gives each value's source). The command line wins over the config file, and the
+(gpt_jax/training/recipe_values.py gives each value's source). The command line wins over the config file, and the
 config file over the recipe. Lengths are given in steps, tokens or epochs: one of the three.
 """
 
