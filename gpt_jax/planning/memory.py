@@ -94,41 +94,52 @@ def training_memory(
     return Memory(sharded_bytes(params), sharded_bytes(optimizer), *map(int, held), tokens)
 
 
+@functools.cache
 def _layers(config: GPTConfig, rows: int, cpu: bool, gathered: bool) -> tuple[float, float, int]:
     """Kept by a layer because of its activations and because of its parameters, and a layer's working memory."""
-    measure = _scanned if config.scan_layers else _unrolled
-    kept, working = measure(config, rows, cpu, gathered)
-    # What is there whatever the rows are is made of parameters.
-    weights = max(0.0, 2 * kept - measure(config, 2 * rows, cpu, gathered)[0])
+    if config.scan_layers:
+        kept, more = _kept_of_scanned(config, rows, cpu), _kept_of_scanned(config, 2 * rows, cpu)
+        working = _working_of_scanned(config, rows, cpu, gathered)
+    else:
+        (kept, working), (more, _) = _unrolled(config, rows, cpu), _unrolled(config, 2 * rows, cpu)
+    weights = max(0.0, 2 * kept - more)  # what is there whatever the rows are is made of parameters
     if (config.scan_layers or gathered) and (cpu or config.dtype == jnp.float32):
         # Its parameters, cut out of the stack or gathered; in another dtype they are counted where they are converted.
         working += array_bytes(_chain(config, rows, 1, scan=False)[1])
     return kept - weights, weights, working
 
 
-def _scanned(config: GPTConfig, rows: int, cpu: bool, gathered: bool) -> tuple[float, int]:
-    """Bytes that one scanned layer keeps, and those that its backward pass works with."""
-    period = 2 if config.has_bands else 1
-    chain, params, x_BTD = _chain(config, rows, 2 * period, scan=True)
+def _kept_of_scanned(config: GPTConfig, rows: int, cpu: bool) -> float:
+    """Bytes that one scanned layer keeps: the residuals of the scan."""
+    count = 2 * _period(config)
+    chain, params, x_BTD = _chain(config, rows, count, scan=True)
     residuals = jax.make_jaxpr(lambda p, x: jax.tree.leaves(jax.vjp(chain, p, x)[1]))(params, x_BTD)
+    return Liveness(residuals, cpu).results() / count
+
+
+def _working_of_scanned(config: GPTConfig, rows: int, cpu: bool, gathered: bool) -> int:
+    """Bytes that the backward pass of one scanned layer works with, besides what was kept for it."""
     # Gathered gradients are handed on, split again, layer by layer; others stay until their group is done.
-    chain, layers, x_BTD = _chain(config, rows, 1 if gathered else period, scan=False)
+    chain, layers, x_BTD = _chain(config, rows, 1 if gathered else _period(config), scan=False)
     pull = jax.eval_shape(lambda p, x: jax.vjp(chain, p, x)[1], layers, x_BTD)
-    backward = jax.make_jaxpr(lambda pull, x: pull(x))(pull, x_BTD)
-    return Liveness(residuals, cpu).results() / (2 * period), Liveness(backward, cpu).peak()
+    return Liveness(jax.make_jaxpr(lambda pull, dx: pull(dx))(pull, x_BTD), cpu).peak()
 
 
-def _unrolled(config: GPTConfig, rows: int, cpu: bool, _: bool) -> tuple[float, int]:
-    """The same of a layer among unrolled ones."""
+def _unrolled(config: GPTConfig, rows: int, cpu: bool) -> tuple[float, int]:
+    """Bytes that one unrolled layer keeps, and those that the first one needs besides."""
 
     def peak(count: int) -> int:
         chain, layers, x_BTD = _chain(config, rows, count, scan=False)
         both = jax.make_jaxpr(lambda p, x, dx: jax.vjp(chain, p, x)[1](dx))(layers, x_BTD, x_BTD)
         return Liveness(both, cpu).peak()
 
-    period = 2 if config.has_bands else 1
+    period = _period(config)
     one, two = peak(period), peak(2 * period)
     return (two - one) / period, max(0, 2 * one - two)
+
+
+def _period(config: GPTConfig) -> int:
+    return 2 if config.has_bands else 1
 
 
 def _chain(config: GPTConfig, rows: int, count: int, scan: bool):
@@ -147,6 +158,7 @@ def _chain(config: GPTConfig, rows: int, count: int, scan: bool):
     return (lambda params, x: run_layers(few, block, params, x)), stacked if scan else (one,) * count, x_BTD
 
 
+@functools.cache
 def _head(config: GPTConfig, rows: int, cpu: bool) -> int:
     """Working memory of the final norm and the loss, forward and backward."""
 

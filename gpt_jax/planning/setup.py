@@ -88,7 +88,8 @@ def smaller(setup: Setup) -> Iterator[Setup]:
         remats[remats.index(setup.config.remat) :] if setup.config.remat in remats else (setup.config.remat, 'full')
     )
     rows = setup.batch_size // setup.split
-    steps = [n for n in range(setup.accumulation_steps, rows + 1) if rows % n == 0]
+    doubled = [setup.accumulation_steps * 2**power for power in range(rows.bit_length())]
+    steps = [count for count in (*doubled, rows) if rows % count == 0]
     for mesh in meshes:
         for count in steps:
             for remat in remats:
@@ -105,14 +106,19 @@ def advice(setup: Setup, limit: int, memory: Callable[[Setup], Memory], count: i
       Up to `count` pairs of setup and memory, fewest changes first, and True; or where none fits, the smallest, and
       False.
     """
-    tried = [(changed, memory(changed)) for changed in smaller(setup)]
-    fit = [pair for pair in tried if pair[1].total <= limit]
-    if not fit:
-        return sorted(tried, key=lambda pair: pair[1].total)[:1], False
 
-    def effort(pair: tuple[Setup, Memory]) -> tuple:
+    def effort(changed: Setup) -> tuple:
         # Recomputing less and fewer, larger micro-batches run faster.
-        changed = pair[0].flags(setup).count('--')
-        return changed, pair[0].accumulation_steps, ('none', 'names', 'dots', 'full').index(pair[0].config.remat)
+        keys = changed.flags(setup).count('--')
+        return keys, changed.accumulation_steps, ('none', 'names', 'dots', 'full').index(changed.config.remat)
 
-    return sorted(fit, key=effort)[:count], True
+    fit, tried = [], []
+    for changed in sorted(set(smaller(setup)), key=effort):
+        tried.append((changed, memory(changed)))
+        if tried[-1][1].total <= limit:
+            fit.append(tried[-1])
+        if len(fit) == count:
+            break
+    if fit:
+        return fit, True
+    return sorted(tried, key=lambda pair: pair[1].total)[:1], False

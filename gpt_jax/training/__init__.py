@@ -1,7 +1,17 @@
 """Training: from an experiment's configuration to a finished run."""
 
+from typing import Any
+
 from gpt_jax.training.config import RunConfig, prefer_overrides
-from gpt_jax.training.loop import TrainResult, train
 from gpt_jax.training.recipe import recipe
 
 __all__ = ['RunConfig', 'TrainResult', 'prefer_overrides', 'recipe', 'train']
+
+
+def __getattr__(name: str) -> Any:
+    # The loop brings checkpoints, TensorBoard and plots, which a plan has no use for: they take seconds to import.
+    if name in ('TrainResult', 'train'):
+        from gpt_jax.training import loop
+
+        return getattr(loop, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

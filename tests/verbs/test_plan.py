@@ -68,14 +68,16 @@ def test_what_cannot_be_known_is_said_and_how_to_know_it(verb):
     assert 'set by the config; warmup_tokens=375,000,000' in output
 
 
-def test_remat_and_micro_batches_make_the_plan_smaller(verb):
+def test_remat_micro_batches_and_fsdp_make_the_plan_smaller(verb):
     def total(*arguments):
-        _, output, _ = verb('plan', '--config=configs/gpt2_small.py', '--json', *arguments)
+        _, output, _ = verb(
+            'plan', '--config=configs/quickstart.py', '--config.model.scan_layers=True', '--json', *arguments
+        )
         return json.loads(output)['memory']['total_bytes']
 
     assert total() > total('--config.model.remat=names') > total('--config.model.remat=full')
-    assert total() > total('--config.train.accumulation_steps=64')
-    assert total() > total('--config.mesh.fsdp=8', '--devices=8')
+    assert total() > total('--config.train.accumulation_steps=4')
+    assert total('--devices=8') > total('--devices=8', '--config.mesh.fsdp=8')
 
 
 @pytest.mark.parametrize(
