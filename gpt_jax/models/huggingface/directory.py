@@ -153,7 +153,7 @@ def _check_tied(table: np.ndarray, tensors: dict[str, Stored]) -> None:
     if HEAD not in tensors:
         return
     stored = tensors[HEAD]
-    if stored.shape != table.shape or not np.array_equal(stored.read(HEAD).astype(np.float32), table):
+    if stored.shape != table.shape or not np.array_equal(stored.read(HEAD).astype(np.float32, copy=False), table):
         raise InputError(
             f'{stored.path}: {HEAD} differs from wte.weight, and by config.json (tie_word_embeddings) they are one; '
             'set tie_word_embeddings to false there'
