@@ -65,9 +65,7 @@ def main() -> None:
         maker.join()
         size = (folder / 'hf/model.safetensors').stat().st_size
         _, baseline = run('-c', BASELINE)
-        print(
-            f'{arguments.preset}: model.safetensors has {size / 1e6:,.0f} MB, imports alone take {baseline / 1e6:,.0f}'
-        )
+        print(f'{arguments.preset}: model.safetensors of {size / 1e6:,.0f} MB; imports take {baseline / 1e6:,.0f} MB')
         print(f'{"":32} {"seconds":>8} {"peak, MB":>10} {"above imports, x the file":>26}')
         for name, source, target in (
             ('Hugging Face -> checkpoint', 'hf', 'checkpoint'),
