@@ -140,6 +140,8 @@ def test_the_exported_tokenizer_gives_the_same_ids_and_text(tokenizer, tmp_path)
         assert theirs(text)['input_ids'] == ids
         assert theirs.decode(ids) == tokenizer.decode(ids)
     assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.end_of_text
+    unknown = tokenizer.encode('中')[0] if tokenizer.kind == 'char' else tokenizer.end_of_text
+    assert theirs.unk_token_id == unknown
     assert theirs.vocab_size <= len(theirs) == tokenizer.vocab_size
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert again.generation_config.eos_token_id == tokenizer.end_of_text
