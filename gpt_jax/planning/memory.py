@@ -97,21 +97,24 @@ def training_memory(
 @functools.cache
 def _layers(config: GPTConfig, rows: int, cpu: bool, gathered: bool) -> tuple[float, float, int]:
     """Kept by a layer because of its activations and because of its parameters, and a layer's working memory."""
+    # Linear in the rows; what is there whatever their number is made of parameters.
     if config.scan_layers:
-        kept, more = _kept_of_scanned(config, rows, cpu), _kept_of_scanned(config, 2 * rows, cpu)
+        one, two = _kept_of_scanned(config, 1, cpu), _kept_of_scanned(config, 2, cpu)
+        kept, weights = (two - one) * rows, max(0.0, 2 * one - two)
         working = _working_of_scanned(config, rows, cpu, gathered)
     else:
-        (kept, working), (more, _) = _unrolled(config, rows, cpu), _unrolled(config, 2 * rows, cpu)
-    weights = max(0.0, 2 * kept - more)  # what is there whatever the rows are is made of parameters
+        (one, working), (two, _) = _unrolled(config, rows, cpu), _unrolled(config, 2 * rows, cpu)
+        kept, weights = two - one, max(0.0, 2 * one - two)
     if (config.scan_layers or gathered) and (cpu or config.dtype == jnp.float32):
         # Its parameters, cut out of the stack or gathered; in another dtype they are counted where they are converted.
         working += array_bytes(_chain(config, rows, 1, scan=False)[1])
-    return kept - weights, weights, working
+    return kept, weights, working
 
 
+@functools.cache
 def _kept_of_scanned(config: GPTConfig, rows: int, cpu: bool) -> float:
     """Bytes that one scanned layer keeps: the residuals of the scan."""
-    count = 2 * _period(config)
+    count = _period(config)
     chain, params, x_BTD = _chain(config, rows, count, scan=True)
     residuals = jax.make_jaxpr(lambda p, x: jax.tree.leaves(jax.vjp(chain, p, x)[1]))(params, x_BTD)
     return Liveness(residuals, cpu).results() / count

@@ -39,7 +39,7 @@ class Setup:
             )
 
     @classmethod
-    def of(cls, config: GPTConfig, mesh: MeshConfig, devices: int, batch_size: int, accumulation_steps: int):
+    def of(cls, config: GPTConfig, mesh: MeshConfig, devices: int, batch_size: int, accumulation_steps: int) -> 'Setup':
         """A setup on so many devices; InputError where the mesh does not have them."""
         return cls(config, MeshConfig(**axis_sizes(mesh, devices)), batch_size, accumulation_steps)
 
@@ -83,9 +83,8 @@ def smaller(setup: Setup) -> Iterator[Setup]:
     meshes = [setup.mesh]
     if setup.mesh.data > 1 and setup.config.d_model % setup.split == 0:
         meshes.append(dataclasses.replace(setup.mesh, data=1, fsdp=setup.split))
-    remats = ('none', 'names', 'full')
-    remats = (
-        remats[remats.index(setup.config.remat) :] if setup.config.remat in remats else (setup.config.remat, 'full')
+    remats = {'none': ('none', 'names', 'full'), 'full': ('full',)}.get(
+        setup.config.remat, (setup.config.remat, 'full')
     )
     rows = setup.batch_size // setup.split
     doubled = [setup.accumulation_steps * 2**power for power in range(rows.bit_length())]

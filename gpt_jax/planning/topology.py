@@ -84,7 +84,10 @@ def compile_step(lower: Callable[[], Any]) -> Compiled:
         try:
             analysis = lowered.compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
-            return parse_refusal(str(error)) or _reraise(error)
+            refused = parse_refusal(str(error))
+            if refused is None:
+                raise
+            return refused
     parts = (
         analysis.argument_size_in_bytes,
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -105,10 +108,6 @@ def parse_refusal(message: str) -> Compiled | None:
     needed, available = (int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
     temporaries = needed if 'HLO temporaries' in message else None
     return Compiled(None, None, temporaries, needed, available)
-
-
-def _reraise(error: Exception) -> Any:
-    raise error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ SCANNED = {'scan_layers': True}
 BANDED = {'attention_pattern': 'alternating', 'band_size': 32}
 # Together they cover both dtypes, all policies, both patterns, scanned and unrolled, accumulation, and both meshes.
 QUICK = {
-    'unrolled': {},
+    'unrolled': {'n_layer': 3},
     'scanned, names': SCANNED | {'remat': 'names'},
     'scanned, full, bf16': SCANNED | {'remat': 'full', 'compute_dtype': 'bf16'},
     'scanned, banded, fsdp': SCANNED | BANDED | {'mesh': (1, 8, 1, 1), 'batch_size': 64},
@@ -14,6 +14,7 @@ QUICK = {
     | {'mesh': (8, 1, 1, 1), 'batch_size': 64, 'accumulation_steps': 2, 'remat': 'dots'},
 }
 MORE = {
+    'unrolled, deeper': {},
     'scanned': SCANNED,
     'scanned, dots': SCANNED | {'remat': 'dots'},
     'scanned, full': SCANNED | {'remat': 'full'},

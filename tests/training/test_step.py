@@ -1,9 +1,11 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.training.step import make_eval_step, make_put_batch
+from gpt_jax.training.step import CPU_OPTIONS, compiler_options, make_eval_step, make_put_batch
 
 
 def numpy_losses(model, params, batch):
@@ -166,3 +168,9 @@ def test_the_evaluation_step_sums_over_weights_of_one(lab):
     result = make_eval_step(one.model, one.mesh)(params, batch)
     assert result['tokens'].item() == 48
     assert result['loss'].item() == pytest.approx(numpy_losses(one.model, params, batch)[:3].sum(), rel=1e-5)
+
+
+def test_the_compiler_options_are_those_of_the_devices_of_the_mesh(lab):
+    absent = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform='tpu')]))
+    assert compiler_options(absent) is None
+    assert compiler_options(lab().mesh) == compiler_options() == CPU_OPTIONS
