@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpt_jax.errors import InputError
@@ -63,8 +63,8 @@ class Corpus(abc.ABC):
     fingerprint: str
     split_rule: str
 
-    def resolve(self) -> 'Corpus':
-        """The corpus with everything known that reading it takes; may ask a network. Itself where nothing is open."""
+    def resolve(self, recorded: Mapping[str, Any] | None = None) -> 'Corpus':
+        """The corpus with all known that reading it takes; asks a network unless a former `source()` is `recorded`."""
         return self
 
     @abc.abstractmethod

@@ -192,7 +192,9 @@ def load(config: DataConfig) -> LocalCorpus:
         raise InputError(f'data.path={config.path}: matches files of several kinds; name one kind, such as *.jsonl')
     kind = kinds.pop()
     fraction = config.validation_fraction or (TEXT_FRACTION if kind == 'whole' else DOCUMENTS_FRACTION)
-    return LocalCorpus(tuple(paths), kind, config.column, fraction, config.invalid_bytes == 'replace')
+    corpus = LocalCorpus(tuple(paths), kind, config.column, fraction, config.invalid_bytes == 'replace')
+    corpus.source()  # reads the files once: those that cannot be read are refused here
+    return corpus
 
 
 def _find(pattern: str) -> list[pathlib.Path]:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from gpt_jax.data.files import replacing
 from gpt_jax.data.manifest import SOURCE, TOKENIZER, digest
 from gpt_jax.data.shards import Tokens
 from gpt_jax.data.tokenizer import Tokenizer
-from gpt_jax.data.workers import build_parts
+from gpt_jax.data.workers import build_parts, worthwhile
 from gpt_jax.errors import InputError
 
 TOKENIZER_TEXT_LIMIT = 10**8  # characters that BPE learns from: more would change few merges and take hours
@@ -204,9 +203,8 @@ def _build(
     mine = [job for job in jobs[piece[0] - 1 :: piece[1]] if read_report(folder, job.number, corpus, tokenizer) is None]
     if len(mine) < len(parts[piece[0] - 1 :: piece[1]]):
         log(f'data: going on in {folder}, {len(mine)} of {len(parts)} parts to do')
-    workers = config.num_workers or len(os.sched_getaffinity(0))
     with _progress(mine) as done:
-        build_parts(mine, tokenizer, folder / TOKENIZER, workers, done)
+        build_parts(mine, tokenizer, folder / TOKENIZER, config.num_workers or worthwhile(mine), done)
     reports = [read_report(folder, job.number, corpus, tokenizer) for job in jobs]
     missing = reports.count(None)
     if missing:

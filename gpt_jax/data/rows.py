@@ -16,9 +16,14 @@ LINE_BYTES = 2**28  # a longer line of JSON is no document
 
 
 def parquet_rows(
-    source: pathlib.Path | BinaryIO, where: str, column: str, slice_: tuple[int, int], decoder: Decoder
+    source: pathlib.Path | BinaryIO,
+    where: str,
+    column: str,
+    slice_: tuple[int, int],
+    decoder: Decoder,
+    blank: bool = False,
 ) -> Iterator[str]:
-    """The texts of a share of a parquet file's row groups; rows without text are left out.
+    """The texts of a share of a parquet file's row groups.
 
     Args:
       source: a file, or an open one.
@@ -26,6 +31,9 @@ def parquet_rows(
       column: that holds the text.
       slice_: (i, n): the i-th of n shares, from 0.
       decoder: decides on invalid UTF-8.
+      blank: whether rows without text are given, too, as ''.
+
+    Raises InputError where it is no parquet file, or has no such column of text.
     """
     import pyarrow  # a quarter of a second, and not all corpora need it
     import pyarrow.parquet
@@ -44,8 +52,8 @@ def parquet_rows(
         for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column]) if groups else ():
             # As bytes: pyarrow takes the writer's word that they are UTF-8.
             for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                if data:
-                    yield decoder.text(data, f'a row of {where}')
+                if data or blank:
+                    yield decoder.text(data or b'', f'a row of {where}')
 
 
 @contextlib.contextmanager

@@ -15,7 +15,14 @@ from gpt_jax.data.building import Job, build_part
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import InputError
 
+WORKER_BYTES = 2**25  # of the source, that a worker is started for
 _worker: dict[str, Any] = {}  # in a worker: its tokenizer, and the event that stops all
+
+
+def worthwhile(jobs: Sequence[Job]) -> int:
+    """As many workers as have work: starting one takes a second, and this process encodes on all cores as well."""
+    sizes = [job.part.size for job in jobs]
+    return max(1, min(len(os.sched_getaffinity(0)), sum(sizes) // max([WORKER_BYTES, *sizes])))
 
 
 def build_parts(
