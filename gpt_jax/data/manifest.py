@@ -114,6 +114,12 @@ def check(folder: pathlib.Path, content: dict[str, Any], corpus: Corpus | None, 
         raise InputError(f'{folder / MANIFEST}: of other data; {AGAIN}')
 
 
+def check_shard(info: ShardInfo, entry: dict[str, Any]) -> None:
+    """Raises InputError where a shard is not the one that the manifest has this `entry` for."""
+    if (info.tokens, info.sha256) != (entry['tokens'], entry['sha256']):
+        raise InputError(f'{info.path}: not the shard that {MANIFEST} names; delete it to make it anew')
+
+
 def open_shards(
     folder: pathlib.Path, content: dict[str, Any], tokenizer: Tokenizer, log: Callable[[str], None]
 ) -> dict[str, list[ShardInfo]]:
@@ -131,8 +137,7 @@ def open_shards(
         shards[split] = []
         for entry in content['shards'][split]:
             info = read_header(folder / entry['file'], tokenizer)
-            if (info.tokens, info.sha256) != (entry['tokens'], entry['sha256']):
-                raise InputError(f'{info.path}: not the shard that {MANIFEST} names; delete it to make it anew')
+            check_shard(info, entry)
             shards[split].append(info)
             mtime_ns = os.stat(info.path).st_mtime_ns
             if mtime_ns not in (entry['mtime_ns'], remembered.get(entry['file'])):

@@ -113,7 +113,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if kind == 'resolve':
             self._file(*found, name)
         elif kind == 'tree':
-            self._json([_entry(path, content) for path, content in found[1].items() if path.startswith(name)])
+            recursive = urllib.parse.parse_qs(url.query).get('recursive', ['false'])[0].lower() in ('1', 'true')
+            self._json(_tree(found[1], name, recursive))
         elif kind == 'paths-info':
             paths = _paths(self.headers.get('Content-Type', ''), body)
             self._json([_entry(path, found[1][path]) for path in paths if path in found[1]])
@@ -158,6 +159,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.wfile.write(content)
+
+
+def _tree(files, folder, recursive):
+    """What stands in a folder: its files and folders, or all that is below it."""
+    prefix = f'{folder}/' if folder else ''
+    inside = [path for path in files if path.startswith(prefix)]
+    if recursive:
+        return [_entry(path, files[path]) for path in inside]
+    names = sorted({prefix + path.removeprefix(prefix).split('/')[0] for path in inside})
+    directory = {'type': 'directory', 'size': 0, 'oid': '0'}
+    return [_entry(name, files[name]) if name in files else directory | {'path': name} for name in names]
 
 
 def _entry(path, content):
