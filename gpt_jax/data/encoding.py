@@ -35,7 +35,7 @@ def pieces(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
         end = min(start + LONGEST_PIECE, len(text))
-        if len(text) - start > PIECE_CHARACTERS and (cut := _WORD_END.search(text, start + PIECE_CHARACTERS, end)):
+        if len(text) - start > PIECE_CHARACTERS and (cut := _WORD_END.search(text, start + PIECE_CHARACTERS - 1, end)):
             end = cut.end()
         yield text[start:end]
         start = end

@@ -70,9 +70,9 @@ def wikitext():
     configs = [
         {
             'config_name': name,
-            'data_files': [{'split': s, 'path': f'{name}/{s}-*'} for s in ('train', 'validation', 'test')],
+            'data_files': [{'split': split, 'path': f'{name}/{split}-*'} for split in splits],
         }
-        for name in ('wikitext-2-v1', folder)
+        for name, splits in (('wikitext-2-v1', ['train']), (folder, ['train', 'validation', 'test']))
     ]
     return Dataset({'main': {'README.md': _card(configs), **files}}, {'configs': configs})
 
