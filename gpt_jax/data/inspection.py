@@ -30,7 +30,9 @@ def inspect(folder: str | os.PathLike) -> Iterator[str]:
     content = manifest.read(folder)
     tokenizer = Tokenizer.load(folder / manifest.TOKENIZER)
     manifest.check(folder, content, None, tokenizer)
-    yield f'corpus: {content["corpus"]}, {content["source"]}'
+    source = {name: value for name, value in content['source'].items() if name != 'files' and value is not None}
+    source['files'] = len(content['source'].get('files', ()))
+    yield f'corpus: {content["corpus"]} ({", ".join(f"{name} {value}" for name, value in source.items())})'
     yield f'split: {content["split"]}'
     yield f'tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}'
     yield f'fingerprint: {content["fingerprint"]}'

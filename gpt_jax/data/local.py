@@ -34,7 +34,8 @@ BLANK_LINES = r'\n(?:[ \t\r]*\n)+'
 BOUNDARIES = {
     'json': re.compile(rb'\n'),
     'block': re.compile(BLANK_LINES.encode()),
-    'whole': re.compile(rb'[!-~](?=[ \t\r\n])'),  # a cut as `encoding.pieces` makes it, for certain
+    # A cut as `encoding.pieces` makes it, for certain: no space of Unicode ends in these bytes.
+    'whole': re.compile(rb'[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?=[ \t\r\n])'),
 }
 
 
@@ -164,10 +165,13 @@ class LocalCorpus(Corpus):
         target = int(counts[-1] * (1 - self.fraction))
         block = max(bisect.bisect_right(counts, target) - 1, 0)
         number, position = places[block]
-        data = next(_blocks(self.paths[number], position), b'')
+        with open(self.paths[number], 'rb') as file:
+            file.seek(position)
+            data = file.read(BLOCK_BYTES + 4)  # the block and what may be left of the one before
         characters = target - counts[block]
-        # Of the valid characters: where some were replaced, the place is a little later.
-        length = bisect.bisect_left(range(len(data)), characters, key=lambda n: len(data[:n].decode(errors='ignore')))
+        # The longest beginning of so many characters: the first byte of one more would count as one.
+        ends = range(len(data) + 1)
+        length = bisect.bisect_right(ends, characters, key=lambda end: len(data[:end].decode(errors='replace'))) - 1
         return number, position + length
 
     def _stretches(self, path: pathlib.Path, start: int, stop: int, split: str = '') -> Iterator[Part]:
@@ -227,8 +231,9 @@ def _blocks(path: pathlib.Path, start: int = 0, stop: int = ENDLESS) -> Iterator
             while data := file.read(min(BLOCK_BYTES, stop - file.tell())):
                 data = rest + data
                 end = _whole_characters(data)
-                yield data[:end]
                 rest = data[end:]
+                if end:
+                    yield data[:end]
             if rest:
                 yield rest
     except OSError as error:
