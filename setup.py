@@ -19,9 +19,10 @@ setup(
     packages=find_packages(include=['gpt_jax', 'gpt_jax.*']),
     install_requires=[
         'absl-py>=2.1',
-        'datasets>=4.0',
+        'filelock>=3.13',
         'flax>=0.12',
         'grain>=0.2.12',
+        'huggingface_hub>=0.30',
         'jax>=0.10',
         'matplotlib>=3.8',
         'ml-collections>=1.0',
@@ -29,6 +30,7 @@ setup(
         'optax>=0.2.6',
         'orbax-checkpoint>=0.12',
         'platformdirs>=4.0',
+        'pyarrow>=15.0',
         'safetensors>=0.8',
         'tensorboardX>=2.6.2',
         'tokenizers>=0.21',
@@ -42,6 +44,7 @@ setup(
         'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
         'parity': ['torch>=2.6', 'transformers>=5.0'],
         'test': [
+            'datasets>=4.0',
             'hypothesis>=6.100',
             'ipykernel>=6.29',
             'nbclient>=0.10',

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from gpt_jax.data import Batches, open_shard
+from gpt_jax.data import Batches, Tokens, read_header
 
 COLD_LEVEL, WARM_LEVEL, LOADER_LEVEL = 30.0, 8.0, 0.01
 STEPS = 40
@@ -51,8 +51,9 @@ def step_seconds(workdir: pathlib.Path) -> float:
 def batch_seconds(workdir: pathlib.Path, cache: pathlib.Path) -> float:
     """Median seconds to make one batch of the run's size from its shards."""
     config = json.loads((workdir / 'config.json').read_text())
-    (shard,) = cache.glob('gpt_jax/data/*/train.bin')
-    batches = Batches(open_shard(shard).tokens, config['train']['batch_size'], config['model']['block_size'], seed=0)
+    (shard,) = cache.glob('gpt_jax/data/*/train-00000.bin')
+    tokens = Tokens([read_header(shard)])
+    batches = Batches(tokens, config['train']['batch_size'], config['model']['block_size'], seed=0)
     times = []
     for step in range(200):
         began = time.perf_counter()

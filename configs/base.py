@@ -37,10 +37,16 @@ def get_config() -> ml_collections.ConfigDict:
             'scan_layers': False,  # one compiled block for all layers: compiles sooner, for deep models
         },
         'data': {
-            'corpus': 'python_docs',  # 'python_docs' (embedded), 'openwebtext_10k', 'openwebtext'
-            'path': placeholder(str),  # a plain text file, in place of the corpus
+            'corpus': 'python_docs',  # a name (data/corpora.py lists them), or 'hub:REPO[@REVISION][:CONFIG]'
+            'path': placeholder(str),  # local .txt, .jsonl[.gz, .zst] or .parquet, also '*.txt', in place of the corpus
+            'column': 'text',  # of parquet and JSON lines: where the text stands
+            'documents': 'whole',  # plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block'
+            'validation_fraction': placeholder(float),  # held out, by the hash of a document; unset: the corpus's own
+            'invalid_bytes': 'refuse',  # or 'replace': by U+FFFD, counted; what is no UTF-8
+            'streaming': False,  # read the hub's files over the network, keeping none of them
             'tokenizer': 'bpe',  # 'bpe' (trained on the corpus), 'char', 'gpt2', or a folder with GPT-2's files
             'vocab_size': 4096,  # of a tokenizer that is trained
+            'num_workers': placeholder(int),  # processes that prepare a large corpus; unset: one for each core
             'cache_dir': placeholder(str),  # token shards; unset: gpt_jax/data in the user's cache folder
         },
         'optimizer': {

@@ -4,10 +4,11 @@
 function of (seed, step).
 """
 
-from gpt_jax.data.corpora import Corpus
+from gpt_jax.data.config import DataConfig
+from gpt_jax.data.corpus import Corpus
 from gpt_jax.data.loader import Batches, prefetch, validation_batches
-from gpt_jax.data.pipeline import DataConfig, Prepared, prepare
-from gpt_jax.data.shards import TokenShard, open_shard, write_shard
+from gpt_jax.data.pipeline import Prepared, prepare, prepare_piece
+from gpt_jax.data.shards import ShardInfo, Tokens, read_header, write_shard
 from gpt_jax.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     'Corpus',
     'DataConfig',
     'Prepared',
-    'TokenShard',
+    'ShardInfo',
     'Tokenizer',
-    'open_shard',
+    'Tokens',
     'prefetch',
     'prepare',
+    'prepare_piece',
+    'read_header',
     'validation_batches',
     'write_shard',
 ]

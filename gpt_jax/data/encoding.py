@@ -1,35 +1,18 @@
-"""Documents -> token ids, in pieces: memory stays bounded and all cores work, be it many documents or one long one."""
+"""Text -> token ids, in pieces: memory stays bounded and all cores work, be it many documents or one long one."""
 
 import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from gpt_jax.data.corpus import Passage
 from gpt_jax.data.tokenizer import Tokenizer
 
 PIECE_CHARACTERS = 2**15
+LONGEST_PIECE = 2**20
 BATCH_CHARACTERS = 2**22
-# GPT-2's pre-tokenizer cuts between the last character of a line and its end, whatever stands around it.
-_LINE_END = re.compile(r'\S(?=\n)')
-
-
-class Counted:
-    """Iterates once over `documents` and keeps count.
-
-    Attributes:
-      documents: how many have passed.
-      bytes: their length in UTF-8.
-    """
-
-    def __init__(self, documents: Iterable[str]):
-        self.documents = self.bytes = 0
-        self._source = documents
-
-    def __iter__(self) -> Iterator[str]:
-        for document in self._source:
-            self.documents += 1
-            self.bytes += len(document.encode())
-            yield document
+# GPT-2's pre-tokenizer cuts between any other character and a space that follows it, whatever stands around them.
+_WORD_END = re.compile(r'\S(?=\s)')
 
 
 def up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
@@ -42,39 +25,52 @@ def up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def pieces(document: str) -> Iterator[str]:
-    """Cuts a document at ends of lines into pieces of 2^15 characters or, where lines are long, more.
+def pieces(text: str) -> Iterator[str]:
+    """Cuts a text before spaces or ends of lines into pieces of about 2^15 characters.
 
     GPT-2's pre-tokenizer never joins what stands on both sides of such a cut, and characters stand alone anyway: the
-    ids of the pieces, joined, are the ids of the document.
+    ids of the pieces, joined, are the ids of the text. Only where 2^20 characters hold no such place they are cut
+    regardless, since the work on one word grows faster than its length: there the ids may differ.
     """
     start = 0
-    while start < len(document):
-        cut = _LINE_END.search(document, start + PIECE_CHARACTERS)
-        end = cut.end() if cut else len(document)
-        yield document[start:end]
+    while start < len(text):
+        end = min(start + LONGEST_PIECE, len(text))
+        if len(text) - start > PIECE_CHARACTERS and (cut := _WORD_END.search(text, start + PIECE_CHARACTERS - 1, end)):
+            end = cut.end()
+        yield text[start:end]
         start = end
 
 
-def token_chunks(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """Ids of all documents in order, end of text after each, as int64 arrays of some million tokens at most."""
-    batch: list[tuple[str, bool]] = []  # a piece, and whether its document ends with it
+def safe_end(text: str) -> int:
+    """Where the last such cut of `text` is; its length where there is none."""
+    for end in range(len(text) - 1, 0, -1):
+        if text[end].isspace() and not text[end - 1].isspace():
+            return end
+    return len(text)
+
+
+def token_chunks(tokenizer: Tokenizer, passages: Iterable[Passage]) -> Iterator[tuple[str, np.ndarray]]:
+    """(split, ids) of all passages in order, end of text after each document; ids int64, some million at most."""
+    batch: list[Passage] = []
     characters = 0
-    for document in documents:
-        parts = list(pieces(document)) or ['']
+    for passage in passages:
+        parts = list(pieces(passage.text)) or ['']
         for number, piece in enumerate(parts, start=1):
-            batch.append((piece, number == len(parts)))
+            batch.append(Passage(passage.split, piece, passage.ends_document and number == len(parts)))
             characters += len(piece)
             if characters >= BATCH_CHARACTERS:
-                yield _encode(tokenizer, batch)
+                yield from _encode(tokenizer, batch)
                 batch, characters = [], 0
-    yield _encode(tokenizer, batch)
+    yield from _encode(tokenizer, batch)
 
 
-def _encode(tokenizer: Tokenizer, batch: list[tuple[str, bool]]) -> np.ndarray:
-    ids = []
-    for piece_ids, (_, ends_document) in zip(tokenizer.encode_batch([piece for piece, _ in batch]), batch, strict=True):
-        ids += piece_ids
-        if ends_document:
-            ids.append(tokenizer.end_of_text)
-    return np.array(ids, np.int64)
+def _encode(tokenizer: Tokenizer, batch: list[Passage]) -> Iterator[tuple[str, np.ndarray]]:
+    ids: dict[str, list[int]] = {}
+    encoded = tokenizer.encode_batch([passage.text for passage in batch])
+    for piece_ids, passage in zip(encoded, batch, strict=True):
+        of_split = ids.setdefault(passage.split, [])
+        of_split += piece_ids
+        if passage.ends_document:
+            of_split.append(tokenizer.end_of_text)
+    for split, of_split in ids.items():
+        yield split, np.array(of_split, np.int64)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 
@@ -24,3 +24,10 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(paths: Iterable[pathlib.Path]) -> None:
+    """Removes what processes that were killed while `replacing` one of `paths` have left; nobody may be at it now."""
+    for path in paths:
+        for leftover in path.parent.glob(f'.{path.name}.*.tmp'):
+            leftover.unlink(missing_ok=True)

@@ -1,51 +1,32 @@
 """Corpus -> tokenizer -> token shards, made once and kept in a cache by fingerprint."""
 
+import contextlib
 import dataclasses
-import hashlib
+import errno
 import json
-import os
 import pathlib
-import secrets
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import platformdirs
+import tqdm
 
-from gpt_jax.data import corpora
+from gpt_jax.data import corpora, manifest
 from gpt_jax.data import tokenizer as tokenizers
-from gpt_jax.data.corpora import Corpus
-from gpt_jax.data.encoding import Counted, pieces, token_chunks, up_to
+from gpt_jax.data.building import PARTS, Job, lock, read_report
+from gpt_jax.data.config import DataConfig
+from gpt_jax.data.corpus import SPLITS, Corpus, empty_split
+from gpt_jax.data.encoding import pieces, up_to
 from gpt_jax.data.files import replacing
-from gpt_jax.data.shards import TokenShard, open_shard, write_shard
+from gpt_jax.data.manifest import SOURCE, TOKENIZER, digest
+from gpt_jax.data.shards import Tokens
 from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.data.workers import build_parts, worthwhile
 from gpt_jax.errors import InputError
 
-FORMAT = 1  # raise it whenever the code below would write other tokens or files: it is part of every fingerprint
-MANIFEST = 'manifest.json'
-TOKENIZER = 'tokenizer.json'
-SHARDS = {'train': 'train.bin', 'validation': 'validation.bin'}
-TOKENIZER_TEXT_LIMIT = 10**9  # characters that BPE learns from: more would change few merges and take hours
-LEFTOVER_SECONDS = 24 * 3600
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to train on.
-
-    Attributes:
-      corpus: a name of `gpt_jax.data.corpora.NAMES`.
-      path: a UTF-8 text file to use instead of `corpus`.
-      tokenizer: 'bpe' (learned from the corpus), 'char', 'gpt2', or a directory with a GPT-2 vocabulary.
-      vocab_size: tokens of a 'bpe' tokenizer, 257 or more; the others have their own size.
-      cache_dir: where prepared data is kept; None is `data` in the user's cache folder.
-    """
-
-    corpus: str = 'python_docs'
-    path: str | None = None
-    tokenizer: str = 'bpe'
-    vocab_size: int = 4096
-    cache_dir: str | None = None
+TOKENIZER_TEXT_LIMIT = 10**8  # characters that BPE learns from: more would change few merges and take hours
+TOKENIZER_PARTS = 32  # that they are spread over
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,8 +44,8 @@ class Prepared:
     """
 
     tokenizer: Tokenizer
-    train: TokenShard
-    validation: TokenShard
+    train: Tokens
+    validation: Tokens
     train_bytes: int
     validation_bytes: int
     fingerprint: str
@@ -75,32 +56,43 @@ def prepare(config: DataConfig, tokenizer: Tokenizer | None = None, log: Callabl
     """Tokenizer and token shards of `config`, from the cache where they are there, else made and put there.
 
     A `tokenizer` given here, such as a checkpoint's, is used instead of the one that `config` asks for. `log` gets one
-    line for each stage. Several processes may prepare the same data at once; what an interrupted one leaves behind is
-    never taken for finished.
+    line for each stage. Several processes may prepare the same data at once, and share the work. What a killed one has
+    finished is kept, and nothing else is taken for finished.
 
     Raises InputError where the corpus or tokenizer cannot be had, the cache cannot be written, or files in it are
     damaged.
     """
-    corpus = corpora.load(config.corpus, config.path)
+    prepared = prepare_piece(config, (1, 1), tokenizer, log)
+    assert prepared is not None  # the only piece is all of it
+    return prepared
+
+
+def prepare_piece(
+    config: DataConfig,
+    piece: tuple[int, int],
+    tokenizer: Tokenizer | None = None,
+    log: Callable[[str], None] = print,
+) -> Prepared | None:
+    """`prepare` for the share of one machine: `piece` (3, 16) is the third of sixteen.
+
+    Returns None while parts of other pieces are missing. Whoever finishes last completes the folder; where the machines
+    share no folder, that is whoever runs it after all files were copied into one.
+    """
+    config.check()
+    corpus = corpora.load(config)
     cache = pathlib.Path(config.cache_dir or pathlib.Path(platformdirs.user_cache_dir('gpt_jax'), 'data')).expanduser()
     folder, tokenizer = _choose(cache, corpus, config, tokenizer)
-    if _complete(folder):
-        prepared = _open(folder, corpus)
+    if manifest.complete(folder):
+        prepared = _open(folder, corpus, log)
         log(f'data: reused from {folder}')
         return prepared
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(cache)
-        building = folder.with_name(f'{folder.name}.tmp-{secrets.token_hex(4)}')
-        building.mkdir()
-    except OSError as error:
-        raise InputError(f'data.cache_dir={cache}: cannot be written ({error.strerror}); name another folder') from None
-    try:
-        _build(building, corpus, config, tokenizer, log)
-        _publish(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)  # it is gone where all went well
-    return _open(folder, corpus)
+    with _writing(cache):
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+        corpus = _resolved(folder, corpus)
+        tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
+        if not _build(folder, corpus, config, tokenizer, piece, log):
+            return None
+    return _open(folder, corpus, log)
 
 
 def _choose(
@@ -118,129 +110,152 @@ def _choose(
     if config.tokenizer in trained:
         folder = _folder(cache, corpus, trained[config.tokenizer])
         # A resumed run gives the tokenizer that was made here before: its shards are here, too.
-        if given is None or (_complete(folder) and _manifest(folder)['tokenizer_fingerprint'] == given.fingerprint):
+        if given is None:
+            return folder, None
+        if manifest.complete(folder) and manifest.read(folder)['tokenizer_fingerprint'] == given.fingerprint:
             return folder, given
     return _folder(cache, corpus, given.fingerprint), given
 
 
 def _folder(cache: pathlib.Path, corpus: Corpus, tokenizer: str) -> pathlib.Path:
-    return cache / f'{corpus.name}-{_digest(corpus.fingerprint, tokenizer)[:16]}'
+    return cache / f'{corpus.name}-{digest(corpus.key, tokenizer)[:16]}'
 
 
-def _digest(*parts: str) -> str:
-    return hashlib.sha256('\n'.join((f'gpt_jax data {FORMAT}', *parts)).encode()).hexdigest()
-
-
-def _complete(folder: pathlib.Path) -> bool:
-    return all((folder / name).is_file() for name in (MANIFEST, TOKENIZER, *SHARDS.values()))
-
-
-def _manifest(folder: pathlib.Path) -> dict:
-    """The manifest, checked to have every entry that is read from it."""
-    path = folder / MANIFEST
+@contextlib.contextmanager
+def _writing(cache: pathlib.Path) -> Iterator[None]:
     try:
-        manifest = json.loads(path.read_text(encoding='utf-8'))
-        counts = [int(manifest[kind][split]) for kind in ('tokens', 'bytes') for split in SHARDS]
-        names = [manifest[name] for name in ('fingerprint', 'corpus_fingerprint', 'tokenizer_fingerprint')]
-        damaged = min(counts) < 0 or not all(isinstance(name, str) for name in names)
-    except (ValueError, KeyError, TypeError):
-        damaged = True
-    if damaged:
-        raise InputError(f'{path}: damaged; delete it to prepare the data anew')
-    return manifest
-
-
-def _open(folder: pathlib.Path, corpus: Corpus) -> Prepared:
-    manifest = _manifest(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    fingerprint = _digest(corpus.fingerprint, tokenizer.fingerprint)
-    if manifest['tokenizer_fingerprint'] != tokenizer.fingerprint:
-        raise InputError(f'{folder / TOKENIZER}: not the tokenizer of this data; delete it to prepare the data anew')
-    if manifest['fingerprint'] != fingerprint:
-        raise InputError(f'{folder / MANIFEST}: of other data; delete it to prepare the data anew')
-    shards = {}
-    for split, name in SHARDS.items():
-        shards[split] = open_shard(folder / name, tokenizer.fingerprint, tokenizer.vocab_size)
-        if len(shards[split]) != manifest['tokens'][split]:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
-                f'{folder / name}: has {len(shards[split])} tokens and {MANIFEST} says {manifest["tokens"][split]}; '
-                'delete it to prepare the data anew'
-            )
-    bytes_ = manifest['bytes']
-    return Prepared(
-        tokenizer,
-        **shards,
-        train_bytes=bytes_['train'],
-        validation_bytes=bytes_['validation'],
-        fingerprint=fingerprint,
-        folder=folder,
-    )
+                f'data.cache_dir={cache}: the disk is full; free some space, or name another folder, and run the '
+                'command again: the finished parts are kept'
+            ) from None
+        if error.filename is None or not pathlib.Path(error.filename).is_relative_to(cache):
+            raise
+        raise InputError(f'data.cache_dir={cache}: cannot be written ({error.strerror}); name another folder') from None
 
 
-def _build(
+def _resolved(folder: pathlib.Path, corpus: Corpus) -> Corpus:
+    """The corpus as the first process to prepare it here has found it, so that all parts are of one revision."""
+    with lock(folder, SOURCE):
+        path = folder / SOURCE
+        if path.is_file():
+            return corpus.resolve(manifest.read_json(path))
+        corpus = corpus.resolve()
+        with replacing(path) as file:
+            file.write(json.dumps(corpus.source(), indent=2).encode())
+    return corpus
+
+
+def _tokenizer_of(
     folder: pathlib.Path, corpus: Corpus, config: DataConfig, tokenizer: Tokenizer | None, log: Callable[[str], None]
-) -> None:
-    """Writes all files of `corpus` into the empty `folder`, the manifest last."""
+) -> Tokenizer:
+    """The tokenizer of the folder, made by one process where several are here."""
     start = time.perf_counter()
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(corpus, config)
-    tokenizer.save(folder / TOKENIZER)
+    with lock(folder, TOKENIZER):
+        path = folder / TOKENIZER
+        if tokenizer is None and path.is_file():
+            tokenizer = Tokenizer.load(path)
+        else:
+            tokenizer = tokenizer or _make_tokenizer(corpus, config)
+            tokenizer.save(path)
     log(f'tokenizer: {tokenizer.kind}, {_spaced(tokenizer.vocab_size)} tokens, {time.perf_counter() - start:.1f} s')
-    start = time.perf_counter()
-    documents, bytes_, tokens = {}, {}, {}
-    for split, name in SHARDS.items():
-        counted = Counted(corpus.documents(split))
-        chunks = token_chunks(tokenizer, counted)
-        tokens[split] = write_shard(folder / name, chunks, tokenizer.vocab_size, tokenizer.fingerprint)
-        documents[split], bytes_[split] = counted.documents, counted.bytes
-    log(f'{corpus.name}: {_spaced(sum(documents.values()))} documents, {sum(bytes_.values()) / 1e6:.1f} MB')
-    log(
-        f'tokens: {_spaced(tokens["train"])} train, {_spaced(tokens["validation"])} validation, '
-        f'{sum(bytes_.values()) / sum(tokens.values()):.2f} bytes a token, {time.perf_counter() - start:.1f} s'
-    )
-    manifest = {
-        'format': FORMAT,
-        'corpus': corpus.name,
-        'corpus_fingerprint': corpus.fingerprint,
-        'tokenizer': tokenizer.kind,
-        'tokenizer_fingerprint': tokenizer.fingerprint,
-        'fingerprint': _digest(corpus.fingerprint, tokenizer.fingerprint),
-        'vocab_size': tokenizer.vocab_size,
-        'documents': documents,
-        'bytes': bytes_,
-        'tokens': tokens,
-    }
-    with replacing(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=2).encode())
+    return tokenizer
 
 
 def _make_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
     if config.tokenizer == 'gpt2':
         return tokenizers.gpt2()
-    texts = (piece for document in corpus.documents('train') for piece in pieces(document))
     if config.tokenizer == 'char':
-        return tokenizers.train_char(texts)
-    return tokenizers.train_bpe(up_to(TOKENIZER_TEXT_LIMIT, texts), config.vocab_size)
+        return tokenizers.train_char(piece for text in corpus.documents('train') for piece in pieces(text))
+    return tokenizers.train_bpe(_sample(corpus), config.vocab_size)
 
 
-def _publish(building: pathlib.Path, folder: pathlib.Path) -> None:
-    """Gives a finished folder its name; where another process was faster, its equal work is kept instead."""
-    if folder.exists() and not _complete(folder):  # somebody deleted a file to have it made anew
-        aside = folder.with_name(f'{folder.name}.tmp-{secrets.token_hex(4)}')
-        os.rename(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    try:
-        os.rename(building, folder)
-    except OSError:  # the name is taken
-        if not _complete(folder):
-            raise
+def _sample(corpus: Corpus) -> Iterator[str]:
+    """The training text that BPE learns from: the beginnings of parts that are spread over the corpus."""
+    parts = [part for part in corpus.parts() if part.split in ('', 'train')]
+    spread = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]
+    chosen = parts if len(parts) <= TOKENIZER_PARTS else spread
+    empty = True
+    for part in chosen:
+        texts = (piece for text in corpus.texts(part, 'train') for piece in pieces(text))
+        for text in up_to(TOKENIZER_TEXT_LIMIT // len(chosen), texts):
+            empty = False
+            yield text
+    if empty:
+        raise empty_split('train', corpus.name)
 
 
-def _remove_leftovers(cache: pathlib.Path) -> None:
-    """Removes what killed processes left; a folder that a living one builds is younger than a day."""
-    for folder in cache.glob('*.tmp-*'):
-        if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+def _build(
+    folder: pathlib.Path,
+    corpus: Corpus,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    piece: tuple[int, int],
+    log: Callable[[str], None],
+) -> bool:
+    """Makes this piece's parts and, where no other's is missing then, the manifest; returns whether none is."""
+    start = time.perf_counter()
+    parts = corpus.parts()
+    jobs = [Job(folder, corpus, number, part) for number, part in enumerate(parts)]
+    mine = [job for job in jobs[piece[0] - 1 :: piece[1]] if read_report(folder, job.number, corpus, tokenizer) is None]
+    if len(mine) < len(parts[piece[0] - 1 :: piece[1]]):
+        log(f'data: going on in {folder}, {len(mine)} of {len(parts)} parts to do')
+    with _progress(mine) as done:
+        build_parts(mine, tokenizer, folder / TOKENIZER, config.num_workers or worthwhile(mine), done)
+    reports = [read_report(folder, job.number, corpus, tokenizer) for job in jobs]
+    missing = reports.count(None)
+    if missing:
+        log(f'data: piece {piece[0]}/{piece[1]} is done; {missing} of {len(parts)} parts are missing in {folder}')
+        return False
+    content = manifest.make(corpus, tokenizer, reports)
+    for split in SPLITS:
+        if not content['tokens'][split]:
+            raise empty_split(split, corpus.name)
+    manifest.write(folder, content)
+    _log_counts(corpus, content, time.perf_counter() - start, log)
+    return True
+
+
+@contextlib.contextmanager
+def _progress(jobs: list[Job]) -> Iterator[Callable[[Job], None]]:
+    """A bar over the bytes of the source, on a terminal and where there is more than one part."""
+    total = sum(job.part.size for job in jobs)
+    with tqdm.tqdm(
+        total=total, desc='preparing', unit='B', unit_scale=True, disable=True if len(jobs) < 2 else None
+    ) as bar:
+        yield lambda job: bar.update(job.part.size)
+
+
+def _log_counts(corpus: Corpus, content: dict[str, Any], seconds: float, log: Callable[[str], None]) -> None:
+    documents, bytes_, tokens = (content[name] for name in ('documents', 'bytes', 'tokens'))
+    replaced = content['replaced_bytes']
+    log(
+        f'{corpus.name}: {_spaced(sum(documents.values()))} documents, {sum(bytes_.values()) / 1e6:.1f} MB'
+        + (f', {_spaced(replaced)} times U+FFFD in the place of invalid bytes' if replaced else '')
+    )
+    log(
+        f'tokens: {_spaced(tokens["train"])} train, {_spaced(tokens["validation"])} validation, '
+        f'{sum(bytes_.values()) / sum(tokens.values()):.2f} bytes a token, {seconds:.1f} s'
+    )
+
+
+def _open(folder: pathlib.Path, corpus: Corpus, log: Callable[[str], None]) -> Prepared:
+    content = manifest.read(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    manifest.check(folder, content, corpus, tokenizer)
+    shards = manifest.open_shards(folder, content, tokenizer, log)
+    return Prepared(
+        tokenizer,
+        Tokens(shards['train']),
+        Tokens(shards['validation']),
+        train_bytes=content['bytes']['train'],
+        validation_bytes=content['bytes']['validation'],
+        fingerprint=content['fingerprint'],
+        folder=folder,
+    )
 
 
 def _spaced(number: int) -> str:

@@ -48,6 +48,11 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
+def source() -> dict[str, str]:
+    """Where the text is from."""
+    return {'python': platform.python_version(), 'implementation': platform.python_implementation()}
+
+
 @functools.cache
 def documents() -> tuple[str, ...]:
     """Every document once, in a fixed order: modules by path, then topics by name. Read once in a process."""

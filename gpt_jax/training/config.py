@@ -20,6 +20,8 @@ RESUMABLE = (
     'train.steps',
     'train.tokens',
     'train.epochs',
+    'data.streaming',
+    'data.num_workers',
     'data.cache_dir',
 )
 

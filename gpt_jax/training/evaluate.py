@@ -30,9 +30,7 @@ def evaluate(
       `should_stop` became true on the way.
     """
     nats, tokens, pending = 0.0, 0.0, None
-    batches = validation_batches(
-        data.validation.tokens, batch_size, block_size, jax.process_index(), jax.process_count()
-    )
+    batches = validation_batches(data.validation, batch_size, block_size, jax.process_index(), jax.process_count())
     for batch in batches:
         if should_stop():
             return None
@@ -42,7 +40,7 @@ def evaluate(
         pending = dispatched
     nats, tokens = nats + float(pending['loss']), tokens + float(pending['tokens'])
     # The first token of the split is never predicted.
-    predicted_bytes = data.validation_bytes - len(data.tokenizer.token_bytes(int(data.validation.tokens[0])))
+    predicted_bytes = data.validation_bytes - len(data.tokenizer.token_bytes(int(data.validation[0])))
     loss = nats / tokens
     return {
         'val_loss': loss,
@@ -56,8 +54,8 @@ def make_teacher_forced_preview(model: GPT, data: Prepared) -> Callable[[Any], d
 
     At each place the model sees the true text so far; its guess is the likeliest next token.
     """
-    count = min(PREVIEW_TOKENS, model.config.block_size, len(data.validation.tokens) - 1)
-    tokens_1T = np.asarray(data.validation.tokens[: count + 1], np.int32)[None]
+    count = min(PREVIEW_TOKENS, model.config.block_size, len(data.validation) - 1)
+    tokens_1T = np.asarray(data.validation[: count + 1], np.int32)[None]
     guess = jax.jit(
         lambda params, tokens: model.apply({'params': params}, tokens).argmax(-1), compiler_options=compiler_options()
     )

@@ -3,12 +3,15 @@ import os
 import subprocess
 import sys
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
-from gpt_jax.data import corpora, python_docs
+from gpt_jax.data import DataConfig, corpora, python_docs
+from gpt_jax.data.corpus import SPLITS
 from gpt_jax.errors import InputError
+
+
+def load(corpus='text', path=None, **keys):
+    return corpora.load(DataConfig(corpus, None if path is None else str(path), **keys))
 
 
 def error_line(function, *args):
@@ -21,41 +24,25 @@ def error_line(function, *args):
 
 @pytest.fixture(scope='module')
 def docs():
-    corpus = corpora.load('python_docs')
-    return {split: list(corpus.documents(split)) for split in corpora.SPLITS}
-
-
-@pytest.fixture
-def hub_file(tmp_path, monkeypatch):
-    """A local parquet file in the place of a hub corpus."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'datasets'))
-
-    def install(texts, column='text', fraction=0.5):
-        path = tmp_path / 'corpus.parquet'
-        pyarrow.parquet.write_table(pyarrow.table({column: texts}), path)
-        monkeypatch.setitem(corpora.HUB, 'openwebtext_10k', corpora.HubCorpus(str(path), fraction))
-        return corpora.load('openwebtext_10k')
-
-    return install
+    corpus = load('python_docs')
+    return {split: list(corpus.documents(split)) for split in SPLITS}
 
 
 def test_python_docs_are_megabytes_of_text_with_a_tenth_held_out(docs):
-    train, validation = (sum(len(text.encode()) for text in docs[split]) for split in corpora.SPLITS)
+    train, validation = (sum(len(text.encode()) for text in docs[split]) for split in SPLITS)
     assert 1.5e6 < train + validation < 4e6
     assert 0.04 < validation / (train + validation) < 0.2
 
 
 def test_python_docs_read_like_pydoc(docs):
-    texts = {text.split('\n', 1)[0]: text for split in corpora.SPLITS for text in docs[split]}
+    texts = {text.split('\n', 1)[0]: text for split in SPLITS for text in docs[split]}
     assert 'class json.encoder.JSONEncoder(object)\n\nExtensible JSON' in texts['json.encoder']
     assert '\njson.encoder.JSONEncoder.default(self, o)\n\nImplement this method' in texts['json.encoder']
     assert any(text.startswith('lambda\n\n') for text in texts.values())  # a topic of help()
 
 
 def test_python_docs_leave_out_tests_and_installed_packages(docs):
-    names = {text.split('\n', 1)[0] for split in corpora.SPLITS for text in docs[split]}
+    names = {text.split('\n', 1)[0] for split in SPLITS for text in docs[split]}
     assert not [name for name in names if {'test', 'tests', 'idle_test', 'site-packages'} & set(name.split('.'))]
 
 
@@ -71,13 +58,13 @@ def test_python_docs_hold_no_path_of_this_machine(docs):
 
 def test_python_docs_are_the_same_in_another_process(docs):
     code = (
-        'import hashlib; from gpt_jax.data import corpora; c = corpora.load("python_docs");'
+        'import hashlib; from gpt_jax.data import DataConfig, corpora; c = corpora.load(DataConfig());'
         'print(c.fingerprint, hashlib.sha256("".join(c.documents("train")).encode()).hexdigest())'
     )
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path), 'PYTHONHASHSEED': '7'}
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=environment)
     here = hashlib.sha256(''.join(docs['train']).encode()).hexdigest()
-    assert result.stdout.split() == [corpora.load('python_docs').fingerprint, here]
+    assert result.stdout.split() == [load('python_docs').fingerprint, here]
 
 
 def small_library(tmp_path, monkeypatch):
@@ -125,7 +112,7 @@ def test_text_file_is_split_by_characters_at_nine_tenths(tmp_path):
     path = tmp_path / 'text.txt'
     path.write_text(text, encoding='utf-8')
     for name in ('text', 'python_docs'):  # a path means the file, whatever the name
-        corpus = corpora.load(name, str(path))
+        corpus = load(name, path)
         assert corpus.name == 'text'
         assert list(corpus.documents('train')) == [text[:98]]
         assert list(corpus.documents('validation')) == [text[98:]]
@@ -136,7 +123,7 @@ def test_text_fingerprint_is_of_the_content(tmp_path):
     files = {name: tmp_path / name for name in 'abc'}
     for name, text in zip('abc', ('same text', 'same text', 'Same text'), strict=True):
         files[name].write_text(text)
-    prints = [corpora.load('text', str(files[name])).fingerprint for name in 'abc']
+    prints = [load('text', files[name]).fingerprint for name in 'abc']
     assert prints[0] == prints[1] != prints[2]
     assert len(bytes.fromhex(prints[0])) == 32
 
@@ -148,65 +135,29 @@ def test_unusable_text_file_is_refused_by_name(tmp_path, content, says):
     path = tmp_path / 'corpus.txt'
     if content is not None:
         path.write_bytes(content)
-    message = error_line(corpora.load, 'text', str(path))
+    message = error_line(lambda: load('text', path).documents('train'))
     assert f'data.path={path}' in message
     assert says in message
 
 
 def test_directory_as_text_file_is_refused_by_name(tmp_path):
-    assert f'data.path={tmp_path}: is a directory' in error_line(corpora.load, 'text', str(tmp_path))
+    assert f'data.path={tmp_path}: is a directory' in error_line(load, 'text', tmp_path)
 
 
 def test_text_too_short_for_two_splits_is_refused(tmp_path):
     (tmp_path / 'one').write_text('x')
-    assert 'train split of text is empty' in error_line(corpora.load('text', str(tmp_path / 'one')).documents, 'train')
+    assert 'train split of text is empty' in error_line(load('text', tmp_path / 'one').documents, 'train')
 
 
 def test_unknown_corpus_lists_the_known_ones():
-    message = error_line(corpora.load, 'wikipedia')
+    message = error_line(load, 'wikipedia')
     assert all(name in message for name in ('data.corpus=wikipedia', 'python_docs', 'text', 'openwebtext_10k'))
 
 
 def test_text_without_a_path_says_which_key_to_set():
-    assert 'data.path' in error_line(corpora.load, 'text')
+    assert 'data.path' in error_line(load, 'text')
 
 
 def test_unknown_split_is_a_bug():
     with pytest.raises(ValueError, match='test'):
-        corpora.load('python_docs').documents('test')
-
-
-def test_hub_corpus_is_split_by_text(hub_file):
-    texts = [f'document {i}' for i in range(200)]
-    corpus = hub_file([*texts, 'document 7', None, ''])
-    train, validation = (list(corpus.documents(split)) for split in corpora.SPLITS)
-    assert set(train) | set(validation) == set(texts)
-    assert not set(train) & set(validation)
-    assert 60 < len(validation) < 140
-    assert list(corpus.documents('train')) == train
-
-
-def test_hub_corpus_without_the_text_column_is_refused(hub_file):
-    assert "no column 'text', only body" in error_line(hub_file(['a'], column='body').documents, 'train')
-
-
-def test_empty_split_of_a_hub_corpus_is_refused(hub_file):
-    assert 'validation split' in error_line(hub_file(['a', 'b'], fraction=0.0).documents, 'validation')
-
-
-@pytest.mark.parametrize('error', [ConnectionError('offline\nsecond line'), RuntimeError('')])
-def test_unreachable_hub_is_one_line_with_the_ways_out(monkeypatch, error):
-    import datasets
-
-    def unreachable(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(datasets, 'load_dataset', unreachable)
-    message = error_line(corpora.load('openwebtext').documents, 'train')
-    for part in ('data.corpus=openwebtext', 'Skylion007/openwebtext', 'HF_HUB_OFFLINE', '--config.data.path=FILE'):
-        assert part in message
-
-
-def test_hub_fingerprint_needs_no_network_and_differs_by_corpus(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'datasets', None)  # importing it would raise
-    assert corpora.load('openwebtext').fingerprint != corpora.load('openwebtext_10k').fingerprint
+        load('python_docs').documents('test')

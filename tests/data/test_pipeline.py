@@ -1,21 +1,17 @@
 import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from gpt_jax.data import DataConfig, Tokenizer, corpora, encoding, pipeline, prepare, python_docs
+from gpt_jax.data import DataConfig, Tokenizer, corpora, pipeline, prepare, python_docs
 from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
 
-FILES = ['manifest.json', 'tokenizer.json', 'train.bin', 'validation.bin']
+SHARDS = ['train-00000.bin', 'validation-00001.bin']  # of a running text: each split in parts of its own
+FILES = ['manifest.json', 'tokenizer.json', *SHARDS]
 
 
 def quiet(line):
@@ -44,10 +40,10 @@ def refusal(config):
 def test_embedded_corpus_comes_back_from_its_shards(prepared_docs):
     _, prepared, _ = prepared_docs
     for split, shard in (('train', prepared.train), ('validation', prepared.validation)):
-        documents = list(corpora.load('python_docs').documents(split))
-        assert prepared.tokenizer.decode(shard.tokens) == ''.join(text + '<|endoftext|>' for text in documents)
-        assert np.count_nonzero(shard.tokens == prepared.tokenizer.end_of_text) == len(documents)
-        assert shard.tokens[-1] == prepared.tokenizer.end_of_text
+        documents = list(corpora.load(DataConfig()).documents(split))
+        assert prepared.tokenizer.decode(shard[:]) == ''.join(text + '<|endoftext|>' for text in documents)
+        assert np.count_nonzero(shard[:] == prepared.tokenizer.end_of_text) == len(documents)
+        assert shard[:][-1] == prepared.tokenizer.end_of_text
         size = prepared.train_bytes if split == 'train' else prepared.validation_bytes
         assert size == sum(len(text.encode()) for text in documents)
 
@@ -73,12 +69,12 @@ def test_prepared_data_is_reused_without_reading_the_corpus(prepared_docs, monke
         first.validation_bytes,
     )
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
-    np.testing.assert_array_equal(second.validation.tokens, first.validation.tokens)
+    np.testing.assert_array_equal(second.validation[:], first.validation[:])
 
 
-def test_folder_holds_four_files_and_its_manifest_tells_the_counts(config):
+def test_folder_holds_shards_and_a_manifest_that_tells_the_counts(config):
     prepared = prepare(config, log=quiet)
-    assert sorted(os.listdir(prepared.folder)) == FILES
+    assert sorted(os.listdir(prepared.folder)) == [FILES[0], 'parts', 'source.json', *FILES[1:]]
     manifest = json.loads((prepared.folder / 'manifest.json').read_text())
     assert manifest['documents'] == {'train': 1, 'validation': 1}
     assert manifest['tokens'] == {'train': len(prepared.train), 'validation': len(prepared.validation)}
@@ -105,14 +101,14 @@ def test_changed_text_is_prepared_anew(config, sample_text):
         file.write('One more line.')
     second = prepare(config, log=quiet)
     assert second.fingerprint != first.fingerprint
-    assert second.tokenizer.decode(second.validation.tokens).endswith('One more line.<|endoftext|>')
+    assert second.tokenizer.decode(second.validation[:]).endswith('One more line.<|endoftext|>')
 
 
 def test_char_tokenizer_covers_validation_text_it_never_saw(config):
     with open(config.path, 'a', encoding='utf-8') as file:
         file.write('\u2603')
     prepared = prepare(dataclasses.replace(config, tokenizer='char'), log=quiet)
-    assert prepared.tokenizer.decode(prepared.validation.tokens).endswith('<|unknown|><|endoftext|>')
+    assert prepared.tokenizer.decode(prepared.validation[:]).endswith('<|unknown|><|endoftext|>')
 
 
 def test_tokenizer_directory_is_used_and_its_content_is_the_key(config, tmp_path):
@@ -177,61 +173,6 @@ def test_exchanged_tokenizer_is_refused(config):
     assert refusal(config).startswith(f'{folder / "tokenizer.json"}: not the tokenizer')
 
 
-def test_kill_in_the_middle_leaves_nothing_that_passes_for_finished(config):
-    code = (
-        'import os, signal, sys\n'
-        'from gpt_jax.data import DataConfig, pipeline, prepare\n'
-        'def write_half(path, chunks, *args, write=pipeline.write_shard):\n'
-        '    def dying():\n'
-        '        yield next(iter(chunks))\n'
-        '        if path.name == "validation.bin": os.kill(os.getpid(), signal.SIGKILL)\n'
-        '    return write(path, dying(), *args)\n'
-        'pipeline.write_shard = write_half\n'
-        'prepare(DataConfig("text", sys.argv[1], vocab_size=300, cache_dir=sys.argv[2]))\n'
-    )
-    environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
-    command = [sys.executable, '-c', code, config.path, config.cache_dir]
-    assert subprocess.run(command, check=False, env=environment, capture_output=True).returncode == -signal.SIGKILL
-    (left,) = folders(config)
-    assert '.tmp-' in left
-    lines = []
-    prepared = prepare(config, log=lines.append)
-    assert len(lines) == 3  # made, not reused
-    assert folders(config) == sorted([prepared.folder.name, left])  # it might belong to a living process
-
-
-def test_leftovers_are_removed_after_a_day(config):
-    prepare(config, log=quiet)
-    for name, age in (('x.tmp-00', 25), ('y.tmp-00', 23)):
-        leftover = os.path.join(config.cache_dir, name)
-        os.mkdir(leftover)
-        os.utime(leftover, (0, time.time() - age * 3600))
-    prepared = prepare(dataclasses.replace(config, tokenizer='char'), log=quiet)
-    assert 'x.tmp-00' not in folders(config)
-    assert {'y.tmp-00', prepared.folder.name} < set(folders(config))
-
-
-def test_failure_in_the_middle_leaves_no_folder(config, monkeypatch):
-    monkeypatch.setattr(pipeline, 'write_shard', lambda *args: (_ for _ in ()).throw(RuntimeError('disk on fire')))
-    with pytest.raises(RuntimeError, match='on fire'):
-        prepare(config, log=quiet)
-    assert folders(config) == []
-
-
-def test_two_processes_at_once_end_with_one_good_folder(config):
-    nested = []
-
-    def log(line):  # the second one starts and ends while the first is at work
-        if not nested:
-            nested.append(None)
-            nested[0] = prepare(config, log=quiet)
-
-    outer = prepare(config, log=log)
-    assert outer.folder == nested[0].folder
-    assert folders(config) == [outer.folder.name]
-    np.testing.assert_array_equal(outer.train.tokens, nested[0].train.tokens)
-
-
 @pytest.mark.parametrize(
     ('change', 'says'),
     [
@@ -255,28 +196,3 @@ def test_default_cache_is_in_the_users_cache_folder(config, monkeypatch, tmp_pat
     monkeypatch.setattr(pipeline.platformdirs, 'user_cache_dir', lambda name: str(tmp_path / name))
     prepared = prepare(dataclasses.replace(config, cache_dir=None), log=quiet)
     assert prepared.folder.parent == tmp_path / 'gpt_jax' / 'data'
-
-
-@given(st.text(alphabet=st.sampled_from("ab' .,1é\n\n\r\t\u3000\u0085\x1c"), max_size=60), st.integers(1, 6))
-def test_pieces_of_a_document_have_the_ids_of_the_whole(small_bpe, text, size):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, 'PIECE_CHARACTERS', size)
-        parts = list(encoding.pieces(text))
-    assert ''.join(parts) == text
-    assert [id_ for part in parts for id_ in small_bpe.encode(part)] == small_bpe.encode(text)
-
-
-def test_long_documents_are_cut_and_chunks_are_bounded(small_bpe, monkeypatch, sample_text):
-    monkeypatch.setattr(encoding, 'PIECE_CHARACTERS', 100)
-    monkeypatch.setattr(encoding, 'BATCH_CHARACTERS', 500)
-    documents = [sample_text, '', 'short', sample_text]
-    chunks = list(encoding.token_chunks(small_bpe, documents))
-    assert len(chunks) > 10
-    assert max(map(len, chunks)) < 1000
-    expected = [id_ for text in documents for id_ in [*small_bpe.encode(text), small_bpe.end_of_text]]
-    assert np.concatenate(chunks).tolist() == expected
-
-
-def test_tokenizer_learns_from_the_first_texts_up_to_its_limit():
-    assert list(encoding.up_to(5, ['abc', 'de', 'f'])) == ['abc', 'de']
-    assert list(encoding.up_to(4, iter(['abc', 'de', 'f']))) == ['abc', 'de']

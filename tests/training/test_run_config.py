@@ -170,7 +170,7 @@ def test_only_what_changes_no_step_may_differ_on_resume(resolve):
     sections = ('mesh', 'preview', 'checkpoint')
     expected = {f'{section}.{key}' for section in sections for key in run[section]}
     expected |= {'eval.every_steps', 'train.log_every_steps', 'train.steps', 'train.tokens', 'train.epochs'}
-    assert allowed == expected | {'data.cache_dir'}
+    assert allowed == expected | {'data.streaming', 'data.num_workers', 'data.cache_dir'}
 
 
 def test_a_run_is_frozen(resolve):

@@ -1,0 +1,56 @@
+"""Prepare data: corpus -> tokenizer -> token shards, as training does by itself where they are missing.
+
+    python -m gpt_jax.prepare --config=configs/gpt2_small.py [--num_workers=N] [--piece=3/16]
+    python -m gpt_jax.prepare --inspect=DIR
+
+The same command again goes on where it was stopped, and several at once share the work. With --piece=3/16 this machine
+does the third of sixteen shares; where the machines share no folder, copy all files into one and run any piece again.
+--inspect looks at prepared data and verifies it; it exits with 1 where a file is damaged.
+"""
+
+import re
+
+from absl import flags
+from ml_collections import config_flags
+
+from gpt_jax import cli
+from gpt_jax.errors import InputError
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
+NUM_WORKERS = flags.DEFINE_integer('num_workers', None, 'processes that tokenise (default: data.num_workers)')
+PIECE = flags.DEFINE_string('piece', None, 'I/N: the share of this machine, from 1/N to N/N')
+INSPECT = flags.DEFINE_string('inspect', None, 'folder of prepared data to look at and verify, instead of preparing')
+
+
+def main() -> int:
+    """Prepares or inspects, and returns the exit status."""
+    if INSPECT.value is not None:
+        from gpt_jax.data.inspection import inspect
+
+        for line in inspect(INSPECT.value):
+            print(line)
+        return 0
+    settings = cli.read_config(CONFIG).data.to_dict()
+    if NUM_WORKERS.value is not None:
+        settings['num_workers'] = NUM_WORKERS.value
+    piece = _piece(PIECE.value)
+    from gpt_jax.data import DataConfig, prepare_piece
+
+    prepared = prepare_piece(DataConfig(**settings), piece)
+    if prepared is not None:
+        print(f'done: {prepared.folder}')
+    return 0
+
+
+def _piece(text: str | None) -> tuple[int, int]:
+    """'3/16' -> (3, 16)."""
+    if text is None:
+        return 1, 1
+    match = re.fullmatch(r'(\d+)/(\d+)', text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f'--piece={text}: write I/N with I from 1 to N, such as --piece=3/16')
+    return int(match[1]), int(match[2])
+
+
+if __name__ == '__main__':
+    cli.run(main, __doc__, ('config', 'num_workers', 'piece', 'inspect'))

@@ -1,0 +1,223 @@
+"""The hub's own client against a hub of ours: what a user's machine does, but for the distance."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import WEB, article_lines, parquet
+from local_hub import Dataset
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILE = 'plain_text/train/0000.parquet'
+
+
+def line(result):
+    assert 'error' in result, result
+    assert '\n' not in result['error']
+    return result['error']
+
+
+def restored(name):
+    return ''.join(row or ' \n' for row in article_lines(name))
+
+
+def folder_of(tmp_path):
+    (folder,) = (tmp_path / 'data').iterdir()
+    return folder
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_openwebtext_10k_comes_from_the_hubs_conversion_and_is_split_by_text(hub, run_prepare, tmp_path, streaming):
+    result = run_prepare('openwebtext_10k', streaming=streaming)
+    train, validation = result['train'], result['validation']
+    assert sorted(train + validation) == sorted(WEB)
+    assert [text for text in WEB if text in train] == train
+    assert 5 <= len(validation) <= 45  # of 400, a twentieth
+    source = json.loads((folder_of(tmp_path) / 'manifest.json').read_text())['source']
+    assert source['commit'] == hub.datasets['stas/openwebtext-10k'].commit('refs/convert/parquet')
+    assert source['revision'] == 'refs/convert/parquet'
+
+
+def test_wikitext_103_is_whole_articles_with_a_split_of_its_own(run_prepare):
+    result = run_prepare('wikitext_103')
+    # The blank line that opens the dump belongs to no article, and each article ends with the next one's.
+    train = ''.join(map(restored, ('Anarchism', 'Boulter', 'Carp', 'Dollar')))
+    assert ''.join(result['train']) == train.removeprefix(' \n')
+    assert [text.split('\n')[0] for text in result['train']] == [
+        f' = {name} = ' for name in ('Anarchism', 'Boulter', 'Carp', 'Dollar')
+    ]
+    assert [text.split('\n')[0] for text in result['validation']] == [' = Held out = ']
+
+
+def test_the_documents_are_those_that_load_dataset_reads(environment, run_prepare):
+    code = (
+        'import json, datasets\n'
+        "d = datasets.load_dataset('stas/openwebtext-10k', revision='refs/convert/parquet', streaming=True)\n"
+        "w = datasets.load_dataset('Salesforce/wikitext', 'wikitext-103-raw-v1')\n"
+        "rows = [[row['text'] for row in split] for split in (d['train'], w['train'], w['validation'])]\n"
+        'print(json.dumps(rows))'
+    )
+    command = [sys.executable, '-c', code]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+    web, train, validation = json.loads(output.splitlines()[-1])
+    ours = run_prepare('openwebtext_10k')
+    assert sorted(ours['train'] + ours['validation']) == sorted(web)
+    ours = run_prepare('wikitext_103')
+    for split, rows in (('train', train), ('validation', validation)):
+        assert ''.join(ours[split]) == ''.join(row or ' \n' for row in rows[1:])
+
+
+def test_streaming_reads_ranges_of_the_text_alone_and_keeps_no_file(hub, run_prepare, tmp_path):
+    hub.datasets['me/large'] = Dataset({'main': {'data/train.parquet': _wide_parquet()}})
+    result = run_prepare('hub:me/large', streaming=True)
+    assert result['train'][:2] == ['text 0', 'text 1']
+    ranges = [range_ for _, range_ in hub.downloads()]
+    assert ranges
+    assert all(ranges)
+    assert not list(tmp_path.glob('hf/hub/datasets--*/snapshots/*/*'))
+
+
+def _wide_parquet():
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    texts = [f'text {n}' for n in range(2000)]
+    pyarrow.parquet.write_table(pyarrow.table({'text': texts, 'n': list(range(2000))}), file, row_group_size=100)
+    return file.getvalue()
+
+
+def test_prepared_data_ask_no_hub(hub, run_prepare):
+    first = run_prepare('openwebtext_10k')
+    hub.stop()
+    second = run_prepare('openwebtext_10k')
+    assert second['lines'] == [f'data: reused from {first["folder"]}']
+    assert second['fingerprint'] == first['fingerprint']
+
+
+def test_a_preparation_that_goes_on_stays_at_its_commit(hub, run_prepare, tmp_path):
+    first = run_prepare('openwebtext_10k')
+    revisions = hub.datasets['stas/openwebtext-10k'].revisions
+    old = hub.datasets['stas/openwebtext-10k'].commit('refs/convert/parquet')
+    revisions['old'] = dict(revisions['refs/convert/parquet'])  # still there, as the hub keeps every commit
+    revisions['refs/convert/parquet'] = {FILE: parquet(['Other text.'] * 50)}
+    (folder_of(tmp_path) / 'manifest.json').unlink()
+    (folder_of(tmp_path) / 'train-00000.bin').unlink()
+    shutil.rmtree(tmp_path / 'hf')
+    assert run_prepare('openwebtext_10k')['fingerprint'] == first['fingerprint']
+    shutil.rmtree(tmp_path / 'data')
+    assert 'empty' in line(run_prepare('openwebtext_10k'))  # the new commit: one text fifty times, in one split
+    pinned = run_prepare(f'hub:stas/openwebtext-10k@{old}:plain_text', validation_fraction=0.05)
+    assert pinned['fingerprint'] == first['fingerprint']
+
+
+def test_a_hub_that_is_down_is_one_line_within_seconds(hub, run_prepare, tmp_path):
+    hub.stop()
+    result = run_prepare('openwebtext_10k')
+    for part in (
+        'data.corpus=openwebtext_10k',
+        'stas/openwebtext-10k',
+        'HF_HUB_OFFLINE',
+        'data.path',
+        'data.cache_dir',
+    ):
+        assert part in line(result)
+    assert result['seconds'] < 15  # five on a machine that is not busy
+    assert not list(tmp_path.glob('data/*/*.bin'))
+
+
+@pytest.mark.slow
+def test_a_hub_that_never_answers_is_given_up(run_prepare, environment):
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        environment['HF_ENDPOINT'] = f'http://127.0.0.1:{silent.getsockname()[1]}'
+        assert 'HF_HUB_OFFLINE' in line(run_prepare('openwebtext_10k'))
+
+
+def test_offline_is_one_line(run_prepare, environment):
+    environment['HF_HUB_OFFLINE'] = '1'
+    assert 'see that HF_HUB_OFFLINE is not set' in line(run_prepare('openwebtext_10k'))
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_a_download_that_breaks_off_is_tried_again(hub, run_prepare, streaming):
+    hub.breaks = 1
+    result = run_prepare('openwebtext_10k', streaming=streaming)
+    assert sorted(result['train'] + result['validation']) == sorted(WEB)
+    assert hub.breaks == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('streaming', [False, True])
+def test_a_download_that_always_breaks_off_leaves_nothing_half_and_goes_on_later(hub, run_prepare, tmp_path, streaming):
+    hub.breaks = 10**6
+    result = run_prepare('openwebtext_10k', streaming=streaming, hurry=True)
+    assert 'cannot read hub:stas/openwebtext-10k' in line(result)
+    assert not list(tmp_path.glob('data/*/*.bin'))
+    assert not list(tmp_path.glob('data/*/manifest.json'))
+    hub.breaks = 0
+    result = run_prepare('openwebtext_10k', streaming=streaming)
+    assert sorted(result['train'] + result['validation']) == sorted(WEB)
+
+
+def test_what_the_hub_does_not_have_is_refused_by_name(hub, run_prepare):
+    assert 'hub:no/such' in line(run_prepare('hub:no/such'))
+    message = line(run_prepare('hub:Salesforce/wikitext'))
+    assert 'several configs' in message
+    assert 'wikitext-103-raw-v1' in message
+    assert "no config 'wikitext-1'" in line(run_prepare('hub:Salesforce/wikitext:wikitext-1'))
+    message = line(run_prepare('hub:Salesforce/wikitext:wikitext-2-v1', column='body'))
+    assert 'data.column=body' in message
+    assert 'only id, text' in message
+
+
+def test_a_dataset_in_another_format_is_read_from_the_hubs_conversion_unless_that_is_a_part(hub, run_prepare):
+    hub.datasets['me/lines'] = Dataset(
+        {'main': {'train.csv': b'text\n'}, 'refs/convert/parquet': {'default/train/0000.parquet': parquet(WEB)}}
+    )
+    assert len(run_prepare('hub:me/lines', validation_fraction=0.1)['train']) > 300
+    hub.datasets['me/huge'] = Dataset(
+        {'main': {'a.csv': b'x'}, 'refs/convert/parquet': {'default/partial-train/0000.parquet': parquet(WEB)}}
+    )
+    message = line(run_prepare('hub:me/huge'))
+    assert 'first 5 GB' in message
+    assert 'hub:me/huge@refs/convert/parquet' in message
+    hub.datasets['me/none'] = Dataset({'main': {'a.csv': b'x'}, 'refs/convert/parquet': {}})
+    assert 'no parquet files' in line(run_prepare('hub:me/none'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['openwebtext_10k', 'wikitext_103'])
+def test_a_suite_dataset_trains_end_to_end(environment, tmp_path, name):
+    changes = {
+        'data.tokenizer': 'bpe',
+        'data.vocab_size': 300,
+        'data.cache_dir': tmp_path / 'data',
+        'model.block_size': 16,
+        'model.n_layer': 2,
+        'model.n_head': 2,
+        'model.d_model': 32,
+        'model.scan_layers': False,
+        'schedule.warmup_steps': 1,
+        'train.steps': 3,
+        'train.batch_size': 8,
+        'train.accumulation_steps': 1,
+        'train.log_every_steps': 1,
+        'eval.batch_size': 8,
+        'precision.compute': 'f32',
+        'preview.max_new_tokens': 4,
+    }
+    command = [sys.executable, '-m', 'gpt_jax.main', f'--config=configs/{name}.py', f'--workdir={tmp_path / "run"}']
+    command += [f'--config.{key}={value}' for key, value in changes.items()]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'done: 3 steps' in result.stdout
+    rows = [json.loads(row) for row in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows if 'loss' in row] == [1, 2, 3]
+    assert os.path.isfile(tmp_path / 'run' / 'loss.png')

@@ -1,0 +1,71 @@
+"""`python -m gpt_jax.prepare`: what it prints, what it refuses."""
+
+import pathlib
+
+import pytest
+
+
+@pytest.fixture
+def arguments(corpus, tmp_path):
+    return [
+        '--config=configs/smoke.py',
+        f'--config.data.path={corpus}',
+        '--config.data.tokenizer=char',
+        f'--config.data.cache_dir={tmp_path}',
+    ]
+
+
+def test_it_prepares_once_and_inspects(verb, refused, arguments, tmp_path):
+    status, output, _ = verb('prepare', *arguments)
+    assert status == 0
+    (folder,) = tmp_path.iterdir()
+    *stages, last = output.splitlines()
+    assert [line.split(':')[0] for line in stages] == ['tokenizer', 'text', 'tokens']
+    assert last == f'done: {folder}'
+    assert verb('prepare', *arguments)[1].splitlines() == [f'data: reused from {folder}', last]
+
+    status, output, _ = verb('prepare', f'--inspect={folder}')
+    assert status == 0
+    assert 'every sha256 verified' in output
+    shard = folder / 'train-00000.bin'
+    shard.write_bytes(shard.read_bytes()[:-2] + b'\x00\x00')
+    assert refused('prepare', f'--inspect={folder}').startswith(f'{shard}: damaged')
+
+
+def test_the_pieces_of_several_machines_make_the_whole(verb, arguments, tmp_path):
+    status, output, _ = verb('prepare', *arguments, '--piece=2/2', '--num_workers=1')
+    assert status == 0
+    assert output.splitlines()[-1].startswith('data: piece 2/2 is done; 1 of 2 parts are missing')
+    status, output, _ = verb('prepare', *arguments, '--piece=1/2')
+    assert output.splitlines()[-1].startswith('done: ')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'says'),
+    [
+        (['--piece=0/2'], '--piece=0/2: write I/N'),
+        (['--piece=3/2'], '--piece=3/2'),
+        (['--piece=half'], '--piece=half'),
+        (['--num_workers=0'], 'data.num_workers=0: use 1 or more'),
+        (['--config.data.documents=page'], 'data.documents=page: use whole or file or block'),
+        (['--config.data.invalid_bytes=keep'], 'data.invalid_bytes=keep: use refuse or replace'),
+        (['--config.data.validation_fraction=1.0'], 'data.validation_fraction=1.0: use more than 0'),
+        (['--config.data.path=/nowhere.txt'], 'data.path=/nowhere.txt: no such file'),
+        (['--config.data.path=', '--config.data.corpus=hub:nothing'], 'data.corpus=hub:nothing: write hub:OWNER/NAME'),
+        (['--inspect=/nowhere'], '--inspect=/nowhere: no finished data there'),
+        (['--config.data.streamin=True'], 'did you mean streaming?'),
+    ],
+)
+def test_bad_input_is_one_line(refused, arguments, changes, says):
+    assert says in refused('prepare', *arguments, *changes)
+
+
+def test_without_a_config_it_says_so(refused):
+    assert '--config is missing' in refused('prepare')
+
+
+def test_help_is_printed(verb):
+    status, output, _ = verb('prepare', '--help')
+    assert status == 0
+    assert all(f'--{name}:' in output for name in ('config', 'num_workers', 'piece', 'inspect'))
+    assert pathlib.Path('gpt_jax/prepare.py').exists()
