@@ -1,7 +1,7 @@
 """The ground floor: the device mesh, what is sharded along which axis, and constraints on activations."""
 
 from gpt_jax.parallel.mesh import AXES, MeshConfig, activate, constrain, current_mesh, make_mesh
-from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, replicated, tree_shardings
+from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
 
 __all__ = [
     'AXES',
@@ -12,6 +12,7 @@ __all__ = [
     'current_mesh',
     'make_mesh',
     'parameter_spec',
+    'path_name',
     'replicated',
     'tree_shardings',
 ]

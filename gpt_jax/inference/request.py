@@ -1,0 +1,102 @@
+"""What is asked of the decode engine, and what comes back."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gpt_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+      greedy: take the likeliest; the rest is then unused.
+      temperature: divides the logits; above 0.
+      top_k: how many of the likeliest tokens to draw from; 0: all.
+      top_p: draw from the smallest set with this much probability; in (0, 1].
+
+    Raises:
+      InputError: a value is out of range.
+    """
+
+    greedy: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise InputError(f'temperature={self.temperature} must be above 0; for the likeliest token use greedy')
+        if self.top_k < 0:
+            raise InputError(f'top_k={self.top_k} must be at least 1, or 0 for all tokens')
+        if not 0 < self.top_p <= 1:
+            raise InputError(f'top_p={self.top_p} must be above 0 and at most 1')
+
+    def split(self) -> tuple[Any, Any]:
+        """What a program is compiled for, and the numbers that it takes: other numbers compile nothing new."""
+        return (self.greedy, self.top_k, self.top_p < 1), (self.temperature, self.top_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """When a continuation is over.
+
+    Attributes:
+      max_new_tokens: at most this many tokens.
+      end_of_text: the token that ends it.
+      stop: the new tokens so far -> how many of them to keep, or None to go on (`text.StopStrings`).
+      allow_sliding: where the text outgrows block_size, go on from the last half of a block; without it prompt and new
+        tokens must fit in block_size.
+    """
+
+    max_new_tokens: int
+    end_of_text: int
+    stop: Callable[[Sequence[int]], int | None] | None = None
+    allow_sliding: bool = False
+
+
+@dataclasses.dataclass
+class Generation:
+    """One continuation.
+
+    Attributes:
+      tokens: the new token ids, without end-of-text.
+      logprobs: the model's own log-probability of each, in nats, before temperature and filters.
+      finish_reason: 'stop' at end-of-text or where `Ending.stop` says, 'length' otherwise; None while it grows.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt of at least one token, and which of the draws continues it: (index of the prompt, of the sample)."""
+
+    prompt: Sequence[int]
+    draw: tuple[int, int] = (0, 0)
+
+
+def make_requests(block_size: int, prompts: Sequence[Sequence[int]], ending: Ending, num_samples: int) -> list[Request]:
+    """What `generate` does, as a list for `stream`; raises InputError as `generate` does."""
+    count = ending.max_new_tokens
+    for name, value in (('max_new_tokens', count), ('num_samples', num_samples)):
+        if value < 1:
+            raise InputError(f'{name}={value} must be at least 1')
+    prompts = [list(prompt) or [ending.end_of_text] for prompt in prompts]
+    for index, prompt in enumerate(prompts):
+        which = 'the prompt' if len(prompts) == 1 else f'prompt {index + 1}'
+        if not ending.allow_sliding and len(prompt) >= block_size:
+            raise InputError(
+                f'{which} has {len(prompt)} tokens and the model sees block_size={block_size} in all; '
+                f'shorten the prompt to at most {block_size - 1}, or allow sliding'
+            )
+        if not ending.allow_sliding and len(prompt) + count > block_size:
+            raise InputError(
+                f'{which}: {len(prompt)} tokens of prompt and max_new_tokens={count} exceed block_size={block_size}; '
+                f'use max_new_tokens={block_size - len(prompt)} or less, or allow sliding'
+            )
+    return [Request(p, (index, sample)) for index, p in enumerate(prompts) for sample in range(num_samples)]
