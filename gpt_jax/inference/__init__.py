@@ -2,7 +2,8 @@
 
 from gpt_jax.inference.decode import generate, sample_text, stream
 from gpt_jax.inference.engine import Engine
-from gpt_jax.inference.request import Ending, Generation, Request, Sampling, make_requests
+from gpt_jax.inference.request import Ending, Generation, Request, make_requests
+from gpt_jax.inference.sampling import Sampling
 
 __all__ = [
     'Ending',

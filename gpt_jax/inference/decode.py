@@ -11,7 +11,8 @@ from gpt_jax.errors import InputError
 from gpt_jax.inference import loop
 from gpt_jax.inference.buckets import bucket
 from gpt_jax.inference.engine import Engine, Seen
-from gpt_jax.inference.request import Ending, Generation, Request, Sampling, make_requests
+from gpt_jax.inference.request import Ending, Generation, Request, make_requests
+from gpt_jax.inference.sampling import Sampling
 from gpt_jax.models import GPT
 
 # Steps of one compiled loop where nobody watches: between two of them Ctrl-C and stop strings are looked at.
@@ -76,7 +77,7 @@ class _Batch:
 
     def __init__(self, engine, requests, sampling, ending, seed):
         self._engine, self._requests, self._ending = engine, requests, ending
-        self._rule, self._numbers = sampling.split()
+        self._chain = sampling.chain(engine.model.config.vocab_size, ending.end_of_text)
         self.generations = [Generation([], [], None) for _ in requests]
         # Rows that fill the batch up are done before they begin.
         extra = engine.batch_size(len(requests)) - len(requests)
@@ -109,16 +110,14 @@ class _Batch:
     def advance(self, steps: int) -> None:
         """Chooses at most `steps` tokens more for each row, at least one for one of them."""
         ending = self._ending
-        limits = (ending.end_of_text, ending.max_new_tokens, self._numbers)
+        rules = (ending.end_of_text, ending.max_new_tokens, self._chain)
         if self._state.seen is None or self._free == 0 or self._full():
             logits_BV, seen = self._prefill()
-            self._state = loop.choose_first(self._state.replace(seen=seen), logits_BV, *limits, self._rule)
+            self._state = loop.choose_first(self._state.replace(seen=seen), logits_BV, *rules)
             steps -= 1
         model, mesh, params = self._engine.model, self._engine.mesh, self._engine.params
         if steps:
-            ran, self._state = loop.decode(
-                model, mesh, params, self._state, min(steps, self._free), *limits, self._rule
-            )
+            ran, self._state = loop.decode(model, mesh, params, self._state, min(steps, self._free), *rules)
             self._free -= int(ran)
         self._collect()
 

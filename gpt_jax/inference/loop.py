@@ -6,8 +6,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.inference import sampling as sampling_lib
 from gpt_jax.inference.engine import Seen, read
+from gpt_jax.inference.sampling import Chain
 from gpt_jax.models import GPT
 from gpt_jax.parallel import activate
 
@@ -35,11 +35,11 @@ def row_keys(seed: int, draws_B2: jax.Array) -> jax.Array:
     return jax.vmap(one)(draws_B2)
 
 
-def _append(state: State, logits_BV: jax.Array, end_of_text, max_new_tokens, numbers, rule) -> State:
+def _append(state: State, logits_BV: jax.Array, end_of_text, max_new_tokens, chain: Chain) -> State:
     """Chooses a token for each row that goes on."""
     new_B = state.lengths_B - state.prompts_B
     keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, new_B)
-    token_B = _choose(logits_BV, keys_B, numbers, rule)
+    token_B = chain.choose(keys_B, logits_BV, state.tokens_BL, state.lengths_B, new_B)
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
     # A slot that does not exist takes nothing.
@@ -54,15 +54,15 @@ def _append(state: State, logits_BV: jax.Array, end_of_text, max_new_tokens, num
     )
 
 
-@functools.partial(jax.jit, static_argnames='rule', donate_argnames='state')
-def choose_first(state: State, logits_BV, end_of_text, max_new_tokens, numbers, rule) -> State:
+@functools.partial(jax.jit, donate_argnames='state')
+def choose_first(state: State, logits_BV, end_of_text, max_new_tokens, chain) -> State:
     """The token after a prefill, of each row that goes on; arguments as of `decode`."""
-    return _append(state, logits_BV, end_of_text, max_new_tokens, numbers, rule)
+    return _append(state, logits_BV, end_of_text, max_new_tokens, chain)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'mesh', 'rule'), donate_argnames='state')
+@functools.partial(jax.jit, static_argnames=('model', 'mesh'), donate_argnames='state')
 def decode(
-    model: GPT, mesh, params, state: State, steps, end_of_text, max_new_tokens, numbers, rule
+    model: GPT, mesh, params, state: State, steps, end_of_text, max_new_tokens, chain: Chain
 ) -> tuple[jax.Array, State]:
     """At most `steps` tokens more for each row.
 
@@ -71,7 +71,7 @@ def decode(
       state: donated.
       steps: how many at most; the cache has that many slots left.
       end_of_text, max_new_tokens: what ends a row.
-      numbers, rule: of `Sampling.split`.
+      chain: how tokens are chosen.
 
     Returns:
       The steps taken, fewer where no row goes on or one that does has no position left; and the state after them.
@@ -88,19 +88,7 @@ def decode(
         last_B1 = jnp.take_along_axis(state.tokens_BL, state.lengths_B[:, None] - 1, axis=1)
         logits_BTV, seen = read(model, params, state.seen, last_B1, ~state.done_B)
         state = state.replace(seen=seen)
-        return count + 1, _append(state, logits_BTV[:, 0], end_of_text, max_new_tokens, numbers, rule)
+        return count + 1, _append(state, logits_BTV[:, 0], end_of_text, max_new_tokens, chain)
 
     with activate(mesh):
         return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))
-
-
-def _choose(logits_BV, keys_B, numbers, rule: tuple[bool, int, bool]) -> jax.Array:
-    (is_greedy, top_k, filters_top_p), (temperature, top_p) = rule, numbers
-    if is_greedy:
-        return sampling_lib.greedy(logits_BV)
-    logits_BV = sampling_lib.apply_temperature(logits_BV, temperature)
-    if top_k:
-        logits_BV = sampling_lib.keep_top_k(logits_BV, top_k)
-    if filters_top_p:
-        logits_BV = sampling_lib.keep_top_p(logits_BV, top_p)
-    return sampling_lib.categorical(keys_B, logits_BV)

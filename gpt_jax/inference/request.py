@@ -2,41 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from gpt_jax.errors import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-      greedy: take the likeliest; the rest is then unused.
-      temperature: divides the logits; above 0.
-      top_k: how many of the likeliest tokens to draw from; 0: all.
-      top_p: draw from the smallest set with this much probability; in (0, 1].
-
-    Raises:
-      InputError: a value is out of range.
-    """
-
-    greedy: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if not self.temperature > 0:
-            raise InputError(f'temperature={self.temperature} must be above 0; for the likeliest token use greedy')
-        if self.top_k < 0:
-            raise InputError(f'top_k={self.top_k} must be at least 1, or 0 for all tokens')
-        if not 0 < self.top_p <= 1:
-            raise InputError(f'top_p={self.top_p} must be above 0 and at most 1')
-
-    def split(self) -> tuple[Any, Any]:
-        """What a program is compiled for, and the numbers that it takes: other numbers compile nothing new."""
-        return (self.greedy, self.top_k, self.top_p < 1), (self.temperature, self.top_p)
 
 
 @dataclasses.dataclass(frozen=True)
