@@ -3,7 +3,8 @@
 from gpt_jax.inference.decode import generate, sample_text, stream
 from gpt_jax.inference.engine import Engine
 from gpt_jax.inference.request import Ending, Generation, Request, make_requests
-from gpt_jax.inference.sampling import Sampling
+from gpt_jax.inference.sampling import Sampling, word_ids
+from gpt_jax.inference.stop_strings import StopFilter, StopStrings
 
 __all__ = [
     'Ending',
@@ -11,8 +12,11 @@ __all__ = [
     'Generation',
     'Request',
     'Sampling',
+    'StopFilter',
+    'StopStrings',
     'generate',
     'make_requests',
     'sample_text',
     'stream',
+    'word_ids',
 ]

@@ -13,7 +13,7 @@ class Ending:
     Attributes:
       max_new_tokens: at most this many tokens.
       end_of_text: the token that ends it.
-      stop: the new tokens so far -> how many of them to keep, or None to go on (`text.StopStrings`).
+      stop: the new tokens so far -> how many of them to keep, or None to go on (`StopStrings`).
       allow_sliding: where the text outgrows block_size, go on from the last half of a block; without it prompt and new
         tokens must fit in block_size.
     """

@@ -1,6 +1,5 @@
 """Decoding with a cache against whole forward passes without one."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
