@@ -32,11 +32,13 @@ class Generation:
       tokens: the new token ids, without end-of-text.
       logprobs: the model's own log-probability of each, in nats, before temperature and filters.
       finish_reason: 'stop' at end-of-text or where `Ending.stop` says, 'length' otherwise; None while it grows.
+      score: what strategies that compare continuations compare them by; None where none does.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str | None
+    score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +69,11 @@ def make_requests(block_size: int, prompts: Sequence[Sequence[int]], ending: End
                 f'use max_new_tokens={block_size - len(prompt)} or less, or allow sliding'
             )
     return [Request(p, (index, sample)) for index, p in enumerate(prompts) for sample in range(num_samples)]
+
+
+def check_ending(ending: Ending, strategy: str) -> None:
+    """Raises InputError where `ending` asks for what only sampling and greedy decoding do."""
+    if ending.stop is not None:
+        raise InputError(f'stop strings do not go with {strategy}; use greedy decoding or sampling')
+    if ending.allow_sliding:
+        raise InputError(f'allow_sliding does not go with {strategy}; use fewer new tokens, or sampling')
