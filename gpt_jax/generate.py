@@ -7,7 +7,6 @@ gpt_jax.main (its best step where one is known, else its latest), or one checkpo
 """
 
 import json
-import pathlib
 import sys
 
 from absl import flags
@@ -35,21 +34,19 @@ def main() -> None:
     if CHECKPOINT.value is None:
         raise InputError('--checkpoint is missing; give the --workdir of a training run')
     from gpt_jax import checkpoints, inference
-    from gpt_jax.models import GPT, GPTConfig
 
     sampling = inference.Sampling(STRATEGY.value == 'greedy', TEMPERATURE.value, TOP_K.value, TOP_P.value)
-    found = checkpoints.resolve(CHECKPOINT.value, STEP.value)
+    checkpoints.resolve(CHECKPOINT.value, STEP.value)  # a wrong name is told of before the prompt is asked for
     prompt = _read_prompt()
     cli.use_compilation_cache()
-    loaded = checkpoints.load(CHECKPOINT.value, STEP.value)
-    tokenizer = _tokenizer(loaded.meta, found.workdir)
-    model = GPT(GPTConfig(**loaded.meta['model']))
+    ready = checkpoints.load_model(CHECKPOINT.value, STEP.value)
+    model, tokenizer = ready.model, ready.tokenizer
     tokens = tokenizer.encode(prompt)
     room = model.config.block_size - max(len(tokens), 1)
     max_new_tokens = MAX_NEW_TOKENS.value if MAX_NEW_TOKENS.value is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
     results = inference.generate(
         model,
-        loaded.params,
+        ready.params,
         tokens,
         max_new_tokens,
         sampling,
@@ -73,17 +70,6 @@ def _read_prompt() -> str:
         print('prompt, ended by Ctrl-D:', file=sys.stderr)
     # A final line end is the shell's, not the prompt's.
     return sys.stdin.buffer.read().decode('utf-8', errors='replace').removesuffix('\n')
-
-
-def _tokenizer(meta: dict, workdir: pathlib.Path | None):
-    """The checkpoint's own tokenizer, held against the one that lies in the workdir."""
-    from gpt_jax.data import Tokenizer
-
-    tokenizer = Tokenizer.from_json(meta['tokenizer'])
-    beside = workdir and workdir / 'tokenizer.json'
-    if beside and beside.exists() and Tokenizer.load(beside).fingerprint != tokenizer.fingerprint:
-        raise InputError(f'{beside} does not match the checkpoint, which carries its own; delete that file')
-    return tokenizer
 
 
 if __name__ == '__main__':

@@ -8,9 +8,11 @@ JSON dict (`meta`: config, tokenizer, data fingerprint, versions) and a sha256 o
         params, optimizer, meta = checkpoints.restore(step, abstract_params, abstract_optimizer)
 
     loaded = load('runs/gpt2_small')                               # everyone else: loaded.params, loaded.meta
+    ready = load_model('runs/gpt2_small')                          # ready.model, ready.params, ready.tokenizer
 """
 
+from gpt_jax.checkpoints.language_model import LanguageModel, load_model
 from gpt_jax.checkpoints.manager import Checkpoints
 from gpt_jax.checkpoints.resolve import Loaded, Resolved, load, resolve
 
-__all__ = ['Checkpoints', 'Loaded', 'Resolved', 'load', 'resolve']
+__all__ = ['Checkpoints', 'LanguageModel', 'Loaded', 'Resolved', 'load', 'load_model', 'resolve']
