@@ -1,22 +1,42 @@
 """From a prompt to text."""
 
-from gpt_jax.inference.decode import generate, sample_text, stream
-from gpt_jax.inference.engine import Engine
+from gpt_jax.inference.beam import Beams, beam_search
+from gpt_jax.inference.decode import generate, grow, sample_text, stream
+from gpt_jax.inference.engine import Engine, Seen
+from gpt_jax.inference.interactive import converse
+from gpt_jax.inference.prompts import read_prompts
 from gpt_jax.inference.request import Ending, Generation, Request, make_requests
 from gpt_jax.inference.sampling import Sampling, word_ids
 from gpt_jax.inference.stop_strings import StopFilter, StopStrings
+from gpt_jax.inference.strategy import STRATEGIES, Strategy, continuations, make_strategy
+from gpt_jax.inference.text import TextStream, harmless, text_of
+from gpt_jax.inference.writing import Writer
 
 __all__ = [
+    'STRATEGIES',
+    'Beams',
     'Ending',
     'Engine',
     'Generation',
     'Request',
     'Sampling',
+    'Seen',
     'StopFilter',
     'StopStrings',
+    'Strategy',
+    'TextStream',
+    'Writer',
+    'beam_search',
+    'continuations',
+    'converse',
     'generate',
+    'grow',
+    'harmless',
     'make_requests',
+    'make_strategy',
+    'read_prompts',
     'sample_text',
     'stream',
+    'text_of',
     'word_ids',
 ]

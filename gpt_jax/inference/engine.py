@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gpt_jax.inference.buckets import batch_bucket, bucket
 from gpt_jax.models import GPT, unstack_layers
 from gpt_jax.models.cache import Cache, take_rows, truncate
+from gpt_jax.models.config import COMPUTE_DTYPES
 from gpt_jax.parallel import activate, path_name, tree_shardings
 
 
@@ -57,16 +58,19 @@ class Engine:
       params: what the compiled programs take.
     """
 
-    def __init__(self, model: GPT, params: Any, *, cache_dtype: jnp.dtype | None = None, mesh: Mesh | None = None):
+    def __init__(
+        self, model: GPT, params: Any, *, cache_dtype: jnp.dtype | str | None = None, mesh: Mesh | None = None
+    ):
         """Prepares `params` of `model`.
 
         Args:
           model, params: a GPT and its parameters, stacked as a checkpoint has them.
-          cache_dtype: of keys and values; None: the compute dtype.
+          cache_dtype: of keys and values, as a dtype or one of 'f32', 'bf16' and 'fp16'; None: the compute dtype.
           mesh: splits rows over 'data' and 'fsdp' and parameters by the rules of training; None: one device.
         """
         self.model, self.mesh = model, mesh
-        self.cache_dtype = model.config.dtype if cache_dtype is None else cache_dtype
+        dtype = COMPUTE_DTYPES.get(cache_dtype, cache_dtype) if isinstance(cache_dtype, str) else cache_dtype
+        self.cache_dtype = jnp.dtype(model.config.dtype if dtype is None else dtype)
         self.params = _prepare(model, mesh, params)
 
     def batch_size(self, rows: int) -> int:
@@ -93,7 +97,7 @@ class Engine:
         tokens_BT = np.zeros((len(prompts), bucket(longest, block_size)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
-        slots = self.slots(longest + room)
+        slots = bucket(longest + room + undoable, block_size + undoable)
         sizes = (slots, self.cache_dtype, undoable)
         return _prefill(self.model, self.mesh, self.params, self.place(tokens_BT), self.place(lengths_B), *sizes)
 

@@ -33,12 +33,14 @@ class Generation:
       logprobs: the model's own log-probability of each, in nats, before temperature and filters.
       finish_reason: 'stop' at end-of-text or where `Ending.stop` says, 'length' otherwise; None while it grows.
       score: what strategies that compare continuations compare them by; None where none does.
+      end_logprob: the log-probability of the end-of-text that ended it; None where none did.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str | None
     score: float | None = None
+    end_logprob: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +63,12 @@ def make_requests(block_size: int, prompts: Sequence[Sequence[int]], ending: End
         if not ending.allow_sliding and len(prompt) >= block_size:
             raise InputError(
                 f'{which} has {len(prompt)} tokens and the model sees block_size={block_size} in all; '
-                f'shorten the prompt to at most {block_size - 1}, or allow sliding'
+                f'shorten the prompt to at most {block_size - 1}, or allow_sliding'
             )
         if not ending.allow_sliding and len(prompt) + count > block_size:
             raise InputError(
                 f'{which}: {len(prompt)} tokens of prompt and max_new_tokens={count} exceed block_size={block_size}; '
-                f'use max_new_tokens={block_size - len(prompt)} or less, or allow sliding'
+                f'use max_new_tokens={block_size - len(prompt)} or less, or allow_sliding'
             )
     return [Request(p, (index, sample)) for index, p in enumerate(prompts) for sample in range(num_samples)]
 

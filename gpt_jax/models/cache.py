@@ -37,9 +37,9 @@ def init_cache(config: GPTConfig, batch: int, length: int, dtype: jnp.dtype | No
       next slot of a dense layer.
 
     Raises:
-      ValueError: `length` exceeds the model's block_size.
+      ValueError: `length` exceeds the model's block_size by more than `undoable`.
     """
-    if length > config.block_size:
+    if length > config.block_size + undoable:
         raise ValueError(f'a cache of {length} tokens exceeds block_size={config.block_size}')
     dtype = config.dtype if dtype is None else dtype
     band_slots = min(length, config.band_size + undoable)
