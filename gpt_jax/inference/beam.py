@@ -133,21 +133,18 @@ def _search(
     while bool(loop.goes_on(state, rules)):
         state = loop.advance(engine.model, engine.mesh, engine.params, state, rules)
     return [
-        _best(jax.tree.map(lambda array, p=p: array[p], parts), len(prompts[p]), beams, ending.end_of_text)
+        _best(jax.tree.map(lambda array, p=p: array[p], parts), len(prompts[p]), beams, ending)
         for parts in [jax.tree.map(np.asarray, (state.ended, state.counts))]
         for p in range(count)
     ]
 
 
-def _best(parts: tuple[loop.Texts, np.ndarray], start: int, beams: Beams, end_of_text: int) -> list[Generation]:
+def _best(parts: tuple[loop.Texts, np.ndarray], start: int, beams: Beams, ending: Ending) -> list[Generation]:
     """The best of all groups."""
     ended, counts = jax.tree.map(lambda array: array.reshape(beams.num_beams, *array.shape[2:]), parts)
     results = []
     for index in np.argsort(-ended.scores, kind='stable')[: beams.num_return_sequences]:
-        tokens = ended.tokens[index, start : start + counts[index]].tolist()
-        logprobs = ended.logprobs[index, start : start + counts[index]].tolist()
-        stopped = bool(tokens) and tokens[-1] == end_of_text
-        kept = len(tokens) - stopped
-        score = float(ended.scores[index])
-        results.append(Generation(tokens[:kept], logprobs[:kept], 'stop' if stopped else 'length', score))
+        new = slice(start, start + counts[index])
+        tokens, logprobs, score = ended.tokens[index, new], ended.logprobs[index, new], float(ended.scores[index])
+        results.append(Generation.ended(tokens, logprobs, ending, score))
     return results

@@ -42,6 +42,17 @@ class Generation:
     score: float | None = None
     end_logprob: float | None = None
 
+    @classmethod
+    def ended(
+        cls, tokens: Sequence[int], logprobs: Sequence[float], ending: Ending, score: float | None = None
+    ) -> 'Generation':
+        """A finished one, of new tokens up to end-of-text or beyond it."""
+        tokens, logprobs = list(map(int, tokens)), list(map(float, logprobs))
+        if ending.end_of_text not in tokens:
+            return cls(tokens, logprobs, 'length', score)
+        kept = tokens.index(ending.end_of_text)
+        return cls(tokens[:kept], logprobs[:kept], 'stop', score, logprobs[kept])
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
