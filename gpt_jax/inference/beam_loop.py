@@ -73,6 +73,10 @@ class State:
     has_ended: jax.Array
     improvable: jax.Array
 
+    def is_searching(self, rules: Rules) -> jax.Array:
+        """bool [P, G]: which groups can still change what they have found."""
+        return self.improvable & ~(jnp.all(self.has_ended, axis=-1) & rules.ends_when_full)
+
 
 @functools.partial(jax.jit, static_argnames=('groups', 'beams'))
 def start(logits_PV, seen: Seen, tokens_PL, is_prompt_P, rules: Rules, groups: int, beams: int) -> State:
@@ -118,8 +122,7 @@ def advance(model, mesh, params, state: State, rules: Rules) -> State:
 @jax.jit
 def goes_on(state: State, rules: Rules) -> jax.Array:
     """Whether any search has a step to take."""
-    full = jnp.all(state.has_ended, axis=-1) & rules.ends_when_full
-    return (state.count < rules.max_new_tokens) & jnp.any(state.improvable & ~full)
+    return (state.count < rules.max_new_tokens) & jnp.any(state.is_searching(rules))
 
 
 def _step(state: State, logits_RV: jax.Array, rules: Rules) -> State:
@@ -128,13 +131,15 @@ def _step(state: State, logits_RV: jax.Array, rules: Rules) -> State:
     logprobs = jax.nn.log_softmax(logits_RV, axis=-1).reshape(prompts, groups, beams, -1)
     chosen = [None] * groups
     taken_PV = jnp.zeros((prompts, logprobs.shape[-1]), jnp.float32)
+    searching_PG = state.is_searching(rules)
     for group in range(groups):
         part = jax.tree.map(lambda array, group=group: array[:, group], state.open)
         penalized = logprobs[:, group] - rules.diversity_penalty * taken_PV[:, None] if group else logprobs[:, group]
         chosen[group] = _choose(part, penalized, state.count, rules)
         tokens_PK = _take(chosen[group]['tokens'], chosen[group]['next'])
-        taken_PKV = jax.nn.one_hot(tokens_PK, taken_PV.shape[-1]) * state.improvable[:, group, None, None]
-        taken_PV += jnp.sum(taken_PKV, axis=1) if groups > 1 else 0.0
+        if groups > 1:
+            taken_PKV = jax.nn.one_hot(tokens_PK, taken_PV.shape[-1]) * searching_PG[:, group, None, None]
+            taken_PV += jnp.sum(taken_PKV, axis=1)
     found = {name: jnp.stack([part[name] for part in chosen], axis=1) for name in chosen[0]}
     place_P11 = (rules.prompts_P + state.count)[:, None, None]
     here = jnp.arange(state.open.tokens.shape[-1]) == place_P11[..., None]
@@ -183,8 +188,7 @@ def _end(state: State, candidates: Texts, ends: jax.Array, rules: Rules) -> Stat
     """The best of the texts that ended before and now; only of the K best candidates is an end an end."""
     beams, count = state.counts.shape[-1], state.count + 1
     ends &= jnp.arange(2 * beams) < beams
-    full = jnp.all(state.has_ended, axis=-1, keepdims=True) & rules.ends_when_full
-    barred = full | ~state.improvable[..., None] | ~ends
+    barred = ~state.is_searching(rules)[..., None] | ~ends
     scores = rules.normalize(candidates.scores, count) + jnp.where(barred, NEVER, 0.0)
     both = jax.tree.map(
         lambda before, now: jnp.concatenate([before, now], axis=2), state.ended, candidates.replace(scores=scores)
