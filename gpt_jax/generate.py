@@ -31,7 +31,8 @@ flags.DEFINE_integer('seed', 0, 'of the draws')
 flags.DEFINE_enum('cache_dtype', None, ['f32', 'bf16', 'fp16'], "of the key-value cache (default: the checkpoint's)")
 flags.DEFINE_bool('json', False, 'print one JSON object a continuation')
 flags.DEFINE_bool('echo', True, 'print the prompt before its continuation')
-flags.DEFINE_enum('strategy', 'sample', ['greedy', 'sample', 'beam'], 'greedy, sample or beam')
+_STRATEGIES = ['greedy', 'sample', 'beam', 'contrastive']
+flags.DEFINE_enum('strategy', 'sample', _STRATEGIES, f'one of {", ".join(_STRATEGIES)}')
 # Of all strategies.
 flags.DEFINE_float('repetition_penalty', 1.0, 'above 1 makes tokens of the text less likely')
 flags.DEFINE_integer('no_repeat_ngram_size', 0, 'no so many tokens in a row twice; 0: they may')
@@ -43,12 +44,15 @@ flags.DEFINE_integer('top_k', 0, 'draw from the k likeliest tokens; 0: from all'
 flags.DEFINE_float('top_p', 1.0, 'draw from the likeliest tokens that have this much probability together')
 flags.DEFINE_float('min_p', 0.0, 'draw from tokens at least this many times as probable as the likeliest')
 flags.DEFINE_float('typical_p', 1.0, 'draw from the most typical tokens that have this much probability together')
+flags.DEFINE_integer('best_of', 0, 'draws of each prompt, of which the likeliest are kept; 0: all are')
 # Of beam.
 flags.DEFINE_integer('num_beams', 4, 'texts followed at once')
 flags.DEFINE_float('length_penalty', 1.0, 'scores are divided by length to this power: above 0 favours long texts')
 flags.DEFINE_enum('early_stopping', 'false', ['true', 'false', 'never'], 'true: end with num_beams ended texts')
 flags.DEFINE_integer('num_beam_groups', 1, 'groups of beams that differ from each other')
 flags.DEFINE_float('diversity_penalty', 0.0, 'taken off what a group before has chosen')
+# Of contrastive, with top_k candidates (default: 4).
+flags.DEFINE_float('penalty_alpha', 0.6, 'weight of being unlike the text against being likely')
 
 DEFAULT_NEW_TOKENS = 64
 

@@ -1,6 +1,8 @@
 """From a prompt to text."""
 
 from gpt_jax.inference.beam import Beams, beam_search
+from gpt_jax.inference.best_of import best_of_n
+from gpt_jax.inference.contrastive import Contrastive, contrastive_search
 from gpt_jax.inference.decode import generate, grow, sample_text, stream
 from gpt_jax.inference.engine import Engine, Seen
 from gpt_jax.inference.interactive import converse
@@ -15,6 +17,7 @@ from gpt_jax.inference.writing import Writer
 __all__ = [
     'STRATEGIES',
     'Beams',
+    'Contrastive',
     'Ending',
     'Engine',
     'Generation',
@@ -27,7 +30,9 @@ __all__ = [
     'TextStream',
     'Writer',
     'beam_search',
+    'best_of_n',
     'continuations',
+    'contrastive_search',
     'converse',
     'generate',
     'grow',

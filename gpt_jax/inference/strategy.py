@@ -7,6 +7,8 @@ from typing import Any
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.inference.beam import Beams, beam_search
+from gpt_jax.inference.best_of import best_of_n
+from gpt_jax.inference.contrastive import Contrastive, contrastive_search
 from gpt_jax.inference.decode import STEPS_AT_A_TIME, grow
 from gpt_jax.inference.engine import Engine
 from gpt_jax.inference.request import Ending, Generation
@@ -20,16 +22,27 @@ class Strategy:
     Attributes:
       sampling: how a token is chosen; with another strategy the filters that act in all.
       beams: a beam search, in place of drawing.
+      contrastive: a contrastive search, in place of drawing.
+      best_of: draws of each prompt, of which the `num_samples` likeliest are kept; 0: all are.
       num_samples: continuations of each prompt.
       seed: of the draws.
-      batch_size: sequences (of a beam search: prompts) decoded at once.
+      batch_size: sequences (where there is a search: prompts) decoded at once.
+
+    Raises:
+      InputError: several samples of a contrastive search.
     """
 
     sampling: Sampling
     beams: Beams | None = None
+    contrastive: Contrastive | None = None
+    best_of: int = 0
     num_samples: int = 1
     seed: int = 0
     batch_size: int = 8
+
+    def __post_init__(self):
+        if self.contrastive is not None and self.num_samples > 1:
+            raise InputError(f'num_samples={self.num_samples} of a contrastive search would all be the same; ask for 1')
 
     def without_words(self, tokenizer: Tokenizer, words: Sequence[str]) -> 'Strategy':
         """The same, but it never writes these words."""
@@ -37,12 +50,13 @@ class Strategy:
         return dataclasses.replace(self, sampling=sampling)
 
 
-STRATEGIES = ('greedy', 'sample', 'beam')
+STRATEGIES = ('greedy', 'sample', 'beam', 'contrastive')
 _DRAWS = ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p')
 # Which strategies a setting is for; the others are for all. Greedy decoding leaves those of draws aside.
 _OWNERS = dict.fromkeys(_DRAWS, ('sample', 'greedy')) | {
     field.name: ('beam',) for field in dataclasses.fields(Beams) if field.name != 'num_return_sequences'
 }
+_OWNERS |= {'top_k': ('sample', 'contrastive', 'greedy'), 'penalty_alpha': ('contrastive',), 'best_of': ('sample',)}
 
 
 def make_strategy(values: Mapping[str, Any], given: Container[str] = ()) -> Strategy:
@@ -59,16 +73,21 @@ def make_strategy(values: Mapping[str, Any], given: Container[str] = ()) -> Stra
     name = values['strategy']
     for setting, owners in _OWNERS.items():
         if setting in given and name not in owners:
-            raise InputError(f'--{setting}={values[setting]} does not go with --strategy={name}: it is for {owners[0]}')
+            raise InputError(
+                f'--{setting}={values[setting]} does not go with --strategy={name}: it is for {_listed(owners)}'
+            )
 
     def settings(cls, **chosen):
         return cls(**({f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values} | chosen))
 
-    beams = None
+    beams = contrastive = None
+    if name == 'contrastive':
+        contrastive = settings(Contrastive, **({} if 'top_k' in given else {'top_k': Contrastive.top_k}))
     if name == 'beam':
         early = {'true': True, 'false': False}.get(values['early_stopping'], values['early_stopping'])
         beams = settings(Beams, early_stopping=early, num_return_sequences=values['num_samples'])
-    return settings(Strategy, sampling=settings(Sampling, greedy=name != 'sample'), beams=beams)
+    sampling = settings(Sampling, greedy=name != 'sample')
+    return settings(Strategy, sampling=sampling, beams=beams, contrastive=contrastive)
 
 
 def continuations(
@@ -97,15 +116,22 @@ def continuations(
     Raises:
       InputError: settings or lengths that do not fit together, before anything is yielded.
     """
+    at_once = {'batch_size': strategy.batch_size}
     if strategy.beams is not None:
-        batch = strategy.batch_size
-        found = beam_search(engine, prompts, strategy.beams, ending, strategy.sampling, batch_size=batch)
-        return _numbered(found)
-    settings = dataclasses.asdict(strategy) | {'first': first, 'steps': steps}
-    for key in ('sampling', 'beams'):
-        del settings[key]
-    return grow(engine, prompts, strategy.sampling, ending, **settings)
+        return _numbered(beam_search(engine, prompts, strategy.beams, ending, strategy.sampling, **at_once))
+    if strategy.contrastive is not None:
+        found = contrastive_search(engine, prompts, strategy.contrastive, ending, strategy.sampling, **at_once)
+        return _numbered([one] for one in found)
+    draws = at_once | {'seed': strategy.seed, 'first': first}
+    if strategy.best_of:
+        kept = {'num_return_sequences': strategy.num_samples}
+        return _numbered(best_of_n(engine, prompts, strategy.sampling, ending, strategy.best_of, **kept, **draws))
+    return grow(engine, prompts, strategy.sampling, ending, num_samples=strategy.num_samples, steps=steps, **draws)
 
 
 def _numbered(results: Iterable[Sequence[Generation]]) -> Iterator[tuple[int, Generation]]:
     return enumerate(generation for of_prompt in results for generation in of_prompt)
+
+
+def _listed(strategies: tuple[str, ...]) -> str:
+    return ' and '.join(name for name in strategies if name != 'greedy')

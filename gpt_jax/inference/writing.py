@@ -78,6 +78,8 @@ class Writer:
                 'logprobs': generation.logprobs,
                 'finish_reason': generation.finish_reason,
             }
+            if generation.score is not None:
+                row['score'] = generation.score
             self._put(json.dumps(row) + '\n')
 
     def _put(self, text: str) -> None:
