@@ -29,6 +29,7 @@ setup(
         'optax>=0.2.6',
         'orbax-checkpoint>=0.12',
         'platformdirs>=4.0',
+        'rich>=13.7',
         'tensorboardX>=2.6.2',
         'tokenizers>=0.21',
         'tqdm>=4.66',
