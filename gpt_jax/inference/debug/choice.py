@@ -3,45 +3,52 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.inference import sampling as sampling_lib
-from gpt_jax.inference.decode import Sampling
+from gpt_jax.inference.buckets import bucket
+from gpt_jax.inference.debug.moment import Moment, log_softmax
+from gpt_jax.inference.loop import row_keys
+from gpt_jax.inference.sampling import Chain, Sampling
 
 MODEL = 'model'
 
 
-def stages(sampling: Sampling, logits_V: np.ndarray, tokens: Sequence[int], new: int) -> list[tuple[str, np.ndarray]]:
-    """The model's logits and those after each filter in use, by name and in order.
+def choose(
+    sampling: Sampling, logits_V: np.ndarray, tokens: Sequence[int], new: int, end_of_text: int, seed: int
+) -> Moment:
+    """The choice that `generate` makes of the next token, in the first sample of its first prompt.
 
     Args:
-      sampling: the filters' settings.
-      logits_V: the model's logits of the next token.
+      sampling: the settings.
+      logits_V: the model's logits.
       tokens: prompt and text so far.
       new: how many of them are new.
+      end_of_text: the token that ends a text.
+      seed: of the draws.
+
+    Raises:
+      InputError: `sampling` names a token that the vocabulary has not.
     """
-    steps = [(MODEL, logits_V)]
-    if sampling.greedy:
-        return steps
-    steps.append(
-        (f'temperature={sampling.temperature:g}', sampling_lib.apply_temperature(logits_V, sampling.temperature))
-    )
-    if sampling.top_k:
-        steps.append((f'top_k={sampling.top_k}', sampling_lib.keep_top_k(steps[-1][1], sampling.top_k)))
-    if sampling.top_p < 1:
-        steps.append((f'top_p={sampling.top_p:g}', sampling_lib.keep_top_p(steps[-1][1], sampling.top_p)))
-    return [(name, np.asarray(logits)) for name, logits in steps]
+    chain = sampling.chain(len(logits_V), end_of_text)
+    padded_1L = np.zeros((1, bucket(len(tokens))), np.int32)
+    padded_1L[0, : len(tokens)] = tokens
+    counts = (np.array([len(tokens)], np.int32), np.array([new], np.int32))
+    keys_1 = row_keys(seed, np.zeros((1, 2), np.int32))
+    logits_SV, chosen = _stages(chain, logits_V[None], padded_1L, *counts, keys_1)
+    names = (MODEL, *(_named(sampling, name) for name in chain.used))
+    return Moment(names, log_softmax(logits_SV), int(chosen))
 
 
-def draw(sampling: Sampling, logits_V: np.ndarray, seed: int, new: int) -> int:
-    """The token that `generate` takes as its `new`-th (from 0) in the first sample of that seed.
+@jax.jit
+def _stages(chain: Chain, logits_1V, tokens_1L, lengths_1, new_1, keys_1) -> tuple[jax.Array, jax.Array]:
+    steps = [logits_1V]
+    for _, filter_ in (*chain.processors(tokens_1L, lengths_1, new_1), *chain.warpers()):
+        steps.append(filter_(steps[-1]))
+    keys_1 = jax.vmap(jax.random.fold_in)(keys_1, new_1)
+    return jnp.concatenate(steps), chain.choose(keys_1, logits_1V, tokens_1L, lengths_1, new_1)[0]
 
-    Args:
-      sampling: says whether anything is drawn at all.
-      logits_V: after all filters.
-      seed, new: of the draw.
-    """
-    if sampling.greedy:
-        return int(sampling_lib.greedy(logits_V))
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), new)
-    return int(sampling_lib.categorical(key[None], logits_V[None])[0])
+
+def _named(sampling: Sampling, name: str) -> str:
+    value = getattr(sampling, name)
+    return f'{name}={value:g}' if isinstance(value, int | float) else name

@@ -5,7 +5,7 @@ import json
 
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
-from gpt_jax.inference.decode import Sampling
+from gpt_jax.inference.sampling import Sampling
 
 # Name, arguments, what it does. Of several that begin alike, their first letters mean the first one.
 COMMANDS = (

@@ -6,10 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt_jax.inference.buckets import bucket
 from gpt_jax.models import GPT, attention_maps, lens_logits, residual_streams, unstack_layers
-
-# Texts are padded to one of few lengths, so that a session compiles few programs.
-SMALLEST_BUCKET = 32
 
 
 class Microscope:
@@ -45,10 +43,8 @@ class Microscope:
     def _look(self, tokens: Sequence[int]) -> jax.Array:
         text, streams_L1TD = self._last
         if streams_L1TD is None or tuple(tokens) != text:
-            length = SMALLEST_BUCKET
-            while length < len(tokens):
-                length *= 2
-            padded_1T = np.zeros((1, min(length, self.block_size)), np.int32)
+            # One of few lengths, so that a session compiles few programs.
+            padded_1T = np.zeros((1, bucket(len(tokens), self.block_size)), np.int32)
             padded_1T[0, : len(tokens)] = tokens
             streams_L1TD = residual_streams(self._model, self._params, padded_1T)
             self._last = (tuple(tokens), streams_L1TD)  # together: Ctrl-C may come between any two lines

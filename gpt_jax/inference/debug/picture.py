@@ -31,14 +31,15 @@ def save(picture: Picture) -> None:
     """
     path, labels = pathlib.Path(picture.path).expanduser(), picture.labels
     if path.suffix.lower() != '.png':
-        raise InputError(f'{path}: the picture is a PNG; end the name in .png')
+        raise InputError(f'{path}: the picture is a PNG; end it in .png')
     size = 3 + 0.16 * min(len(labels), NAMED_TOKENS)
     figure = Figure(figsize=(size + 1, size), layout='constrained')
     axes = figure.subplots()
     image = axes.imshow(picture.weights_TS, vmin=0, cmap='viridis', interpolation='nearest')
     if len(labels) <= NAMED_TOKENS:
         # Escaped, as fonts lack most scripts; no token is a formula.
-        settings = {'labels': [ascii(label)[1:-1] for label in labels], 'fontsize': 7, 'parse_math': False}
+        plain = [label.encode('ascii', 'backslashreplace').decode() for label in labels]
+        settings = {'labels': plain, 'fontsize': 7, 'parse_math': False}
         axes.set_xticks(range(len(labels)), rotation=90, **settings)
         axes.set_yticks(range(len(labels)), **settings)
     axes.set_xlabel('is looked at')

@@ -8,8 +8,8 @@ from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.inference.debug import choice, commands, picture, views
 from gpt_jax.inference.debug.microscope import Microscope
-from gpt_jax.inference.debug.moment import Moment, log_softmax
-from gpt_jax.inference.decode import Sampling
+from gpt_jax.inference.debug.moment import Moment
+from gpt_jax.inference.sampling import Sampling
 
 Reply = list[str | views.Table | picture.Picture]
 
@@ -102,9 +102,8 @@ class Debugger:
         return (*self._prompt, *(each.token for each in state.taken))
 
     def _make_moment(self, sampling: Sampling, seed: int, new: int, tokens: tuple[int, ...]) -> Moment:
-        stages = choice.stages(sampling, self._microscope.lens(tokens)[-1], tokens, new)
-        names, logits = zip(*stages, strict=True)
-        return Moment(names, log_softmax(logits), choice.draw(sampling, logits[-1], seed, new))
+        logits_V = self._microscope.lens(tokens)[-1]
+        return choice.choose(sampling, logits_V, tokens, new, self._tokenizer.end_of_text, seed)
 
     def _moment_of(self, state: State) -> Moment:
         return self._moment(state.sampling, state.seed, len(state.taken), self._tokens(state))

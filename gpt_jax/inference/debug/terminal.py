@@ -13,7 +13,7 @@ from gpt_jax.errors import InputError
 from gpt_jax.inference.debug import picture, views
 from gpt_jax.inference.debug.microscope import Microscope
 from gpt_jax.inference.debug.session import Debugger, Reply
-from gpt_jax.inference.decode import Sampling
+from gpt_jax.inference.sampling import Sampling
 from gpt_jax.models import GPT
 
 READY = '(debug) '
