@@ -2,6 +2,7 @@
 
     python -m gpt_jax.generate --checkpoint=runs/quickstart --prompt='The list' [--num_samples=3 --temperature=0.8 ...]
     python -m gpt_jax.generate --checkpoint=runs/quickstart --interactive
+    python -m gpt_jax.generate --checkpoint=runs/quickstart --prompt='The list' --debug
 
 Prompts are that of --prompt, the lines of --prompt_file, or those of standard input. The checkpoint alone is enough: a
 workdir of gpt_jax.main (its best step where one is known, else its latest), or one checkpoints/STEP folder. A
@@ -22,6 +23,7 @@ flags.DEFINE_string('prompt', None, 'text to continue; empty: starts a new docum
 flags.DEFINE_string('prompt_file', None, 'a text file with one prompt a line')
 flags.DEFINE_bool('prompt_lines', True, 'one prompt a line; --noprompt_lines: the file or standard input is one prompt')
 flags.DEFINE_bool('interactive', False, 'ask for prompts, each continued by itself; Ctrl-D ends')
+flags.DEFINE_bool('debug', False, 'go through one prompt token by token, under commands from standard input')
 flags.DEFINE_integer('max_new_tokens', None, 'new tokens at most (default: 64, or what fits)')
 flags.DEFINE_multi_string('stop', [], 'a text to end before; may be given several times')
 flags.DEFINE_bool('allow_sliding', False, 'where the text outgrows the context, go on from its last half')
@@ -62,6 +64,10 @@ def main() -> None:
     if FLAGS.checkpoint is None:
         raise InputError('--checkpoint is missing; give the --workdir of a training run')
     cli.check_exclusive('prompt', 'prompt_file', 'interactive')
+    for other in ('interactive', 'json', 'num_samples', 'stop', 'allow_sliding') if FLAGS.debug else ():
+        cli.check_exclusive('debug', other)
+    if FLAGS.debug and FLAGS.prompt is None and FLAGS.prompt_file is None:
+        raise InputError('--debug takes commands from standard input; give the text by --prompt or --prompt_file')
     from gpt_jax import checkpoints, inference
 
     cli.use_compilation_cache()
@@ -71,6 +77,12 @@ def main() -> None:
     ready = checkpoints.load_model(FLAGS.checkpoint, FLAGS.step)
     tokenizer, block_size = ready.tokenizer, ready.model.config.block_size
     strategy = strategy.without_words(tokenizer, FLAGS.bad_words)
+    if FLAGS.debug:
+        from gpt_jax.inference import debug
+
+        count = DEFAULT_NEW_TOKENS if FLAGS.max_new_tokens is None else FLAGS.max_new_tokens
+        debug.run(ready, prompts, strategy, count)
+        return
     engine = inference.Engine(ready.model, ready.params, cache_dtype=FLAGS.cache_dtype)
     stop = inference.StopStrings(tokenizer, FLAGS.stop) if FLAGS.stop else None
     writer = inference.Writer(sys.stdout, tokenizer, as_json=FLAGS.json, echo=FLAGS.echo, stop=FLAGS.stop)

@@ -10,6 +10,6 @@ terminal.py     commands from a terminal or a pipe, replies to it
 """
 
 from gpt_jax.inference.debug.session import Debugger, State
-from gpt_jax.inference.debug.terminal import debug
+from gpt_jax.inference.debug.terminal import run
 
-__all__ = ['Debugger', 'State', 'debug']
+__all__ = ['Debugger', 'State', 'run']

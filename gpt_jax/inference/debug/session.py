@@ -10,6 +10,7 @@ from gpt_jax.inference.debug import choice, commands, picture, views
 from gpt_jax.inference.debug.microscope import Microscope
 from gpt_jax.inference.debug.moment import Moment
 from gpt_jax.inference.sampling import Sampling
+from gpt_jax.inference.text import harmless
 
 Reply = list[str | views.Table | picture.Picture]
 
@@ -214,7 +215,7 @@ class Debugger:
         return state, [self._history_of(state, 0)]
 
     def _text(self, state: State, _: str) -> tuple[State, Reply]:
-        return state, [views.show_text(self._tokenizer.decode(self._tokens(state)))]
+        return state, [harmless(self._tokenizer.decode(self._tokens(state)))]
 
     def _set(self, state: State, argument: str) -> tuple[State, Reply]:
         state = dataclasses.replace(state, sampling=commands.changed(state.sampling, argument))

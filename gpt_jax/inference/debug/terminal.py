@@ -1,51 +1,45 @@
 """The debugger at a terminal or on a pipe."""
 
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt_jax.data import Tokenizer
+from gpt_jax.checkpoints import LanguageModel
 from gpt_jax.errors import InputError
 from gpt_jax.inference.debug import picture, views
 from gpt_jax.inference.debug.microscope import Microscope
 from gpt_jax.inference.debug.session import Debugger, Reply
-from gpt_jax.inference.sampling import Sampling
-from gpt_jax.models import GPT
+from gpt_jax.inference.strategy import Strategy
 
 READY = '(debug) '
 PIPE_WIDTH = 160  # columns, where no terminal says how many it has
 
 
-def debug(
-    model: GPT,
-    params: Any,
-    tokenizer: Tokenizer,
-    prompt: str,
-    sampling: Sampling,
-    max_new_tokens: int,
-    seed: int = 0,
-) -> None:
+def run(ready: LanguageModel, prompts: Sequence[str], strategy: Strategy, max_new_tokens: int) -> None:
     """Generates under commands from standard input, until it ends or one says quit.
 
     Args:
-      model, params, tokenizer: of a checkpoint.
-      prompt: text to continue; empty starts a new document.
-      sampling: how tokens are chosen.
-      max_new_tokens: where `run` stops.
-      seed: of the draws; the text is that of the first sample that `generate` draws with it.
+      ready: the model.
+      prompts: the one text to continue; empty starts a new document.
+      strategy: how tokens are chosen; the text is that of the first sample that `generate` draws.
+      max_new_tokens: where the command `run` stops.
 
     Raises:
-      InputError: the prompt is too long, or max_new_tokens below 1.
+      InputError: a beam search, several prompts, a prompt that is too long, or max_new_tokens below 1.
     """
-    debugger = Debugger(Microscope(model, params), tokenizer, tokenizer.encode(prompt), max_new_tokens)
+    if strategy.beams is not None:
+        raise InputError('--debug goes through one text token by token, and --strategy=beam through several at once')
+    if len(prompts) != 1:
+        raise InputError(f'--debug takes one prompt, and there are {len(prompts)}; --noprompt_lines joins lines')
+    tokens = ready.tokenizer.encode(prompts[0])
+    debugger = Debugger(Microscope(ready.model, ready.params), ready.tokenizer, tokens, max_new_tokens)
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
-    state, reply = debugger.start(sampling, seed)
+    state, reply = debugger.start(strategy.sampling, strategy.seed)
     show(reply, console)
     for line in _commands(console):
         try:

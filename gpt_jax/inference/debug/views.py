@@ -35,11 +35,6 @@ def show_token(tokenizer: Tokenizer, token: int) -> str:
         return repr(data)
 
 
-def show_text(text: str) -> str:
-    """With control characters escaped, but for line ends and tabs: a terminal would obey them."""
-    return ''.join(each if each.isprintable() or each in '\n\t' else repr(each)[1:-1] for each in text)
-
-
 def show_probability(value: float) -> str:
     """Four digits, fewer where it is small; a dash where the token was dropped."""
     if value == 0:
