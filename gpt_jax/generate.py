@@ -64,10 +64,8 @@ def main() -> None:
     if FLAGS.checkpoint is None:
         raise InputError('--checkpoint is missing; give the --workdir of a training run')
     cli.check_exclusive('prompt', 'prompt_file', 'interactive')
-    for other in ('interactive', 'json', 'num_samples', 'stop', 'allow_sliding') if FLAGS.debug else ():
-        cli.check_exclusive('debug', other)
-    if FLAGS.debug and FLAGS.prompt is None and FLAGS.prompt_file is None:
-        raise InputError('--debug takes commands from standard input; give the text by --prompt or --prompt_file')
+    if FLAGS.debug:
+        _check_debug()
     from gpt_jax import checkpoints, inference
 
     cli.use_compilation_cache()
@@ -81,7 +79,7 @@ def main() -> None:
         from gpt_jax.inference import debug
 
         count = DEFAULT_NEW_TOKENS if FLAGS.max_new_tokens is None else FLAGS.max_new_tokens
-        debug.run(ready, prompts, strategy, count)
+        debug.run(ready, prompts, strategy.sampling, count, FLAGS.seed)
         return
     engine = inference.Engine(ready.model, ready.params, cache_dtype=FLAGS.cache_dtype)
     stop = inference.StopStrings(tokenizer, FLAGS.stop) if FLAGS.stop else None
@@ -100,6 +98,15 @@ def main() -> None:
         inference.converse(write)
     else:
         write(prompts)
+
+
+def _check_debug() -> None:
+    for other in ('interactive', 'json', 'num_samples', 'best_of', 'stop', 'allow_sliding'):
+        cli.check_exclusive('debug', other)
+    if FLAGS.strategy not in ('greedy', 'sample'):
+        raise InputError(f'--debug takes one token after another; --strategy={FLAGS.strategy} does not: use sample')
+    if FLAGS.prompt is None and FLAGS.prompt_file is None:
+        raise InputError('--debug takes commands from standard input; give the text by --prompt or --prompt_file')
 
 
 if __name__ == '__main__':

@@ -12,26 +12,25 @@ from gpt_jax.errors import InputError
 from gpt_jax.inference.debug import picture, views
 from gpt_jax.inference.debug.microscope import Microscope
 from gpt_jax.inference.debug.session import Debugger, Reply
-from gpt_jax.inference.strategy import Strategy
+from gpt_jax.inference.sampling import Sampling
 
 READY = '(debug) '
 PIPE_WIDTH = 160  # columns, where no terminal says how many it has
 
 
-def run(ready: LanguageModel, prompts: Sequence[str], strategy: Strategy, max_new_tokens: int) -> None:
+def run(ready: LanguageModel, prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, seed: int = 0) -> None:
     """Generates under commands from standard input, until it ends or one says quit.
 
     Args:
       ready: the model.
       prompts: the one text to continue; empty starts a new document.
-      strategy: how tokens are chosen; the text is that of the first sample that `generate` draws.
+      sampling: how tokens are chosen.
       max_new_tokens: where the command `run` stops.
+      seed: of the draws; the text is that of the first sample that `generate` draws with it.
 
     Raises:
-      InputError: a beam search, several prompts, a prompt that is too long, or max_new_tokens below 1.
+      InputError: several prompts, a prompt that is too long, or max_new_tokens below 1.
     """
-    if strategy.beams is not None:
-        raise InputError('--debug goes through one text token by token, and --strategy=beam through several at once')
     if len(prompts) != 1:
         raise InputError(f'--debug takes one prompt, and there are {len(prompts)}; --noprompt_lines joins lines')
     tokens = ready.tokenizer.encode(prompts[0])
@@ -39,7 +38,7 @@ def run(ready: LanguageModel, prompts: Sequence[str], strategy: Strategy, max_ne
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
-    state, reply = debugger.start(strategy.sampling, strategy.seed)
+    state, reply = debugger.start(sampling, seed)
     show(reply, console)
     for line in _commands(console):
         try:
