@@ -31,6 +31,7 @@ setup(
         'orbax-checkpoint>=0.12',
         'platformdirs>=4.0',
         'pyarrow>=15.0',
+        'rich>=13.7',
         'safetensors>=0.8',
         'tensorboardX>=2.6.2',
         'tokenizers>=0.21',

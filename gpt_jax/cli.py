@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -33,6 +34,10 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
     except KeyboardInterrupt:
         print('interrupted; nothing was in progress that needed saving', file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output wants no more. Python would complain when it flushes once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except InputError as error:
         _complain(str(error))
     except flags.Error as error:
@@ -61,6 +66,24 @@ def read_config(flag: flags.FlagHolder) -> ConfigDict:
         name = config_flags.get_config_filename(flags.FLAGS[flag.name])
         raise InputError(f'--{flag.name}={name} cannot be opened; name a file of configs/') from None
     return flag.value
+
+
+def check_exclusive(*names: str) -> None:
+    """Raises InputError where more than one of these flags is given."""
+    given = [f'--{name}' for name in names if flags.FLAGS[name].present]
+    if len(given) > 1:
+        raise InputError(f'{" and ".join(given)} exclude each other; give one of them')
+
+
+def own_flags() -> list[str]:
+    """The names of the flags that the verb defines, in its order."""
+    return [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+
+
+def values(given_alone: bool = False) -> dict[str, Any]:
+    """The verb's flags by name; with `given_alone`, those on the command line."""
+    found = (flags.FLAGS[name] for name in own_flags())
+    return {flag.name: flag.value for flag in found if flag.present or not given_alone}
 
 
 def _explain(error: Exception) -> str:

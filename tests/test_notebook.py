@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and is stored without outputs."""
+"""Each notebook runs from its first cell to its last, and is stored without outputs."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / 'colab' / 'quickstart.ipynb'
+COLAB = ROOT / 'colab'
 
 # In place of the cell tagged 'parameters': the same names, for a run of seconds on a small text.
 SMALL = """
@@ -26,36 +26,63 @@ def tagged(notebook, tag):
     return cell
 
 
-@pytest.mark.slow
-def test_the_notebook_trains_plots_and_writes(corpus, tmp_path, monkeypatch):
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """A function: name of a notebook, source of its cell of parameters -> the notebook with its outputs."""
     monkeypatch.setenv('PYTHONPATH', str(ROOT))  # importable, as where it is installed: the install cell does nothing
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('JUPYTER_DATA_DIR', str(tmp_path / 'jupyter'))
     monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
     monkeypatch.delenv('XLA_FLAGS', raising=False)  # one device, as a reader has
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+
+    def run(name, parameters):
+        notebook = nbformat.read(COLAB / name, as_version=4)
+        tagged(notebook, 'parameters').source = parameters
+        resources = {'metadata': {'path': str(COLAB)}}
+        NotebookClient(notebook, timeout=300, startup_timeout=300, resources=resources).execute()
+        assert not tagged(notebook, 'install').outputs
+        return notebook
+
+    return run
+
+
+def pictures(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get('outputs', ()) if 'data' in output]
+    assert all('image/png' in output.data for output in outputs)
+    return outputs
+
+
+@pytest.mark.slow
+def test_quickstart_trains_plots_and_writes(execute, corpus, tmp_path):
     workdir = tmp_path / 'run'
-    tagged(notebook, 'parameters').source = SMALL.format(
-        corpus=str(corpus), cache=str(tmp_path / 'data'), workdir=str(workdir)
-    )
-
-    NotebookClient(
-        notebook, timeout=300, startup_timeout=300, resources={'metadata': {'path': str(NOTEBOOK.parent)}}
-    ).execute()
-
-    assert not tagged(notebook, 'install').outputs
+    small = SMALL.format(corpus=str(corpus), cache=str(tmp_path / 'data'), workdir=str(workdir))
+    notebook = execute('quickstart.ipynb', small)
     assert 'done: 20 steps' in ''.join(output.get('text', '') for output in notebook.cells[6].outputs)
     assert (workdir / 'loss.png').is_file()
-    pictures = [output for cell in notebook.cells for output in cell.get('outputs', ()) if 'data' in output]
-    assert ['image/png' in picture.data for picture in pictures] == [True]
+    assert len(pictures(notebook)) == 1
     written = ''.join(output.text for output in notebook.cells[-1].outputs)
     assert written.startswith('the ')
     assert len(written) > len('the \n')
 
 
-def test_the_notebook_is_stored_without_outputs_and_is_valid():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.slow
+def test_generate_writes_with_each_strategy_and_draws_what_the_model_thought(execute, finished_run, monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
+    parameters = f"checkpoint, prompt, max_new_tokens = {str(finished_run.workdir)!r}, 'the quick', 5"
+    notebook = execute('generate.ipynb', parameters)
+
+    written = {
+        cell.id: ''.join(output.get('text', '') for output in cell.get('outputs', ())) for cell in notebook.cells
+    }
+    for cell, count in (('write', 6), ('temperature', 4)):
+        assert written[cell].count('\nthe quick') == written[cell].count('--- ') == count
+    assert len(pictures(notebook)) == 4
+
+
+@pytest.mark.parametrize('path', sorted(COLAB.glob('*.ipynb')), ids=lambda path: path.name)
+def test_a_notebook_is_stored_without_outputs_and_is_valid(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:
         if cell.cell_type == 'code':

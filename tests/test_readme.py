@@ -14,7 +14,7 @@ from gpt_jax.models import PRESETS
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')])
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-VERBS = ('main', 'generate', 'prepare', 'convert', 'plan')
+VERBS = ('main', 'generate', 'evaluate', 'prepare', 'convert', 'plan')
 # In the README's two tables of switches the first column is the PyTorch suite's.
 SUITE_ROW = re.compile(r'^\| (`--|top-p|beam|perplexity|verbose)')
 

@@ -8,12 +8,24 @@ JSON dict (`meta`: config, tokenizer, data fingerprint, versions) and a sha256 o
         params, optimizer, meta = checkpoints.restore(step, abstract_params, abstract_optimizer)
 
     loaded = load('runs/gpt2_small')                               # everyone else: loaded.params, loaded.meta
+    ready = load_model('runs/gpt2_small')                          # ready.model, ready.params, ready.tokenizer
 
 A Hugging Face directory of GPT-2 or GPT-Neo is loaded as one, too, and either is made from the other.
 """
 
 from gpt_jax.checkpoints.exchange import export_huggingface, import_huggingface
+from gpt_jax.checkpoints.language_model import LanguageModel, load_model
 from gpt_jax.checkpoints.manager import Checkpoints
 from gpt_jax.checkpoints.resolve import Loaded, Resolved, load, resolve
 
-__all__ = ['Checkpoints', 'Loaded', 'Resolved', 'export_huggingface', 'import_huggingface', 'load', 'resolve']
+__all__ = [
+    'Checkpoints',
+    'LanguageModel',
+    'Loaded',
+    'Resolved',
+    'export_huggingface',
+    'import_huggingface',
+    'load',
+    'load_model',
+    'resolve',
+]

@@ -68,7 +68,10 @@ class CausalSelfAttention(nn.Module):
             y_BNTK, updated = self._causal(q_BNTK, k_BNTK, v_BNTK, info), None
         else:
             seen, updated = cache.extend(*layer_cache, k_BNTK, v_BNTK, places, self.band is not None)
-            y_BNTK = self._cached(q_BNTK, *seen, info)
+            # Prompts are padded at their end, so that no token of an empty cache has anything but tokens before it.
+            y_BNTK = (
+                self._causal(q_BNTK, k_BNTK, v_BNTK, info) if places['empty'] else self._cached(q_BNTK, *seen, info)
+            )
         y_BTNK = y_BNTK.transpose(0, 2, 1, 3)
         out = Dense((c.n_head, c.head_dim, c.d_model), contract=2, std=residual_std, dtype=c.dtype, name='out')
         return Dropout(c.resid_dropout)(out(y_BTNK), info.rows_B), updated
@@ -95,7 +98,11 @@ class CausalSelfAttention(nn.Module):
     def _cached(self, q_BNTK, k_BNSK, v_BNSK, positions_BS, info: TokenInfo) -> jax.Array:
         mask_BTS = visible(info.positions_BT, positions_BS, self.band)
         weights_BNTS = attention_weights(q_BNTK, k_BNSK, mask_BTS, self.config.scale)
-        return jnp.einsum('BNTS,BNSK->BNTK', weights_BNTS.astype(v_BNSK.dtype), v_BNSK)
+        # The cache may be narrower than what is computed in.
+        y_BNTK = jnp.einsum(
+            'BNTS,BNSK->BNTK', weights_BNTS.astype(v_BNSK.dtype), v_BNSK, preferred_element_type=q_BNTK.dtype
+        )
+        return y_BNTK
 
 
 def _split_heads(qkv_BTCNK: jax.Array) -> jax.Array:

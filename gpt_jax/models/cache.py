@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax.models.config import GPTConfig
+from gpt_jax.parallel import constrain
 
 # Position stored for a slot that nobody may see.
 EMPTY = jnp.iinfo(jnp.int32).max
@@ -19,33 +20,47 @@ EMPTY = jnp.iinfo(jnp.int32).max
 Cache = dict[str, Any]
 
 
-def init_cache(config: GPTConfig, batch: int, length: int) -> Cache:
+def init_cache(config: GPTConfig, batch: int, length: int, dtype: jnp.dtype | None = None, undoable: int = 0) -> Cache:
     """An empty key-value cache for `length` tokens of `batch` sequences.
 
+    Args:
+      config: of the model.
+      batch, length: sequences, and tokens of each.
+      dtype: of keys and values; None: the compute dtype.
+      undoable: how many of the newest tokens `truncate` may take back. A banded layer has so many slots more, or the
+        tokens that they replaced, which the band reaches again, would be lost.
+
     Returns:
-      `key` and `value`, tuples of one [batch, heads, slots, head_dim] array a layer in the compute dtype: `length`
-      slots, or `band_size` where that is less and the layer is banded; `positions` [batch, length], the position each
-      slot of a dense layer holds (EMPTY: none), and `band_positions` that of a banded one, where there are any;
-      `index`, the next slot of a dense layer.
+      `key` and `value`, tuples of one [batch, heads, slots, head_dim] array a layer: `length` slots, or `band_size` +
+      `undoable` where that is less and the layer is banded; `positions` [batch, length], the position each slot of a
+      dense layer holds (EMPTY: none), and `band_positions` that of a banded one, where there are any; `index`, the
+      next slot of a dense layer.
 
     Raises:
-      ValueError: `length` exceeds the model's block_size.
+      ValueError: `length` exceeds the model's block_size by more than `undoable`.
     """
-    if length > config.block_size:
+    if length > config.block_size + undoable:
         raise ValueError(f'a cache of {length} tokens exceeds block_size={config.block_size}')
-    slots = [min(length, config.band(layer) or length) for layer in range(config.n_layer)]
+    dtype = config.dtype if dtype is None else dtype
+    band_slots = min(length, config.band_size + undoable)
+    slots = [length if config.band(layer) is None else band_slots for layer in range(config.n_layer)]
     arrays = {
-        name: tuple(jnp.zeros((batch, config.n_head, count, config.head_dim), config.dtype) for count in slots)
+        name: tuple(
+            constrain(jnp.zeros((batch, config.n_head, count, config.head_dim), dtype), 'batch', 'heads', None, None)
+            for count in slots
+        )
         for name in ('key', 'value')
     }
     cache = arrays | {'positions': jnp.full((batch, length), EMPTY, jnp.int32), 'index': jnp.zeros((), jnp.int32)}
     if config.has_bands:
-        cache['band_positions'] = jnp.full((batch, min(length, config.band_size)), EMPTY, jnp.int32)
+        cache['band_positions'] = jnp.full((batch, band_slots), EMPTY, jnp.int32)
     return cache
 
 
-def advance(cache: Cache, positions_BT: jax.Array) -> tuple[Cache, Cache]:
+def advance(cache: Cache, positions_BT: jax.Array, empty: bool = False) -> tuple[Cache, Cache]:
     """Makes room for tokens at `positions_BT` (negative: padding, which is seen by nobody).
+
+    `empty` tells that nothing is in the cache yet: `places` says so, and attention need not look into it.
 
     Returns:
       The bookkeeping of the cache with the tokens in it, all but their keys and values; and what `extend` needs of it.
@@ -53,7 +68,7 @@ def advance(cache: Cache, positions_BT: jax.Array) -> tuple[Cache, Cache]:
     shown_BT = jnp.where(positions_BT < 0, EMPTY, positions_BT).astype(jnp.int32)
     positions_BS = jax.lax.dynamic_update_slice(cache['positions'], shown_BT, (0, cache['index']))
     after = {'positions': positions_BS, 'index': cache['index'] + positions_BT.shape[1]}
-    places = {'index': cache['index'], 'positions': positions_BS}
+    places = {'index': cache['index'], 'positions': positions_BS, 'empty': empty}
     if 'band_positions' in cache:
         before_BS = cache['band_positions']
         slots_BT = _band_slots(positions_BT, before_BS.shape[1])
@@ -94,6 +109,26 @@ def extend(
         jnp.concatenate([old, new.astype(old.dtype)], axis=2) for old, new in ((key_BNSK, k_BNTK), (value_BNSK, v_BNTK))
     )
     return (*seen, jnp.concatenate([places['band_before'], places['shown']], axis=1)), stored
+
+
+def truncate(cache: Cache, lengths_B: jax.Array) -> Cache:
+    """The cache without the tokens whose position is `lengths_B` or later: what followed a rejected token.
+
+    At most `undoable` tokens of a row (see `init_cache`) may be taken back.
+    """
+    kept = {
+        name: jnp.where(cache[name] < lengths_B[:, None], cache[name], EMPTY)
+        for name in ('positions', 'band_positions')
+        if name in cache
+    }
+    used_S = jnp.any(kept['positions'] != EMPTY, axis=0)
+    kept['index'] = jnp.max(jnp.where(used_S, jnp.arange(1, used_S.size + 1), 0)).astype(jnp.int32)
+    return cache | kept
+
+
+def take_rows(cache: Cache, rows: jax.Array) -> Cache:
+    """The cache of the sequences `rows` of the batch, which may repeat and change their order."""
+    return {name: part if name == 'index' else jax.tree.map(lambda a: a[rows], part) for name, part in cache.items()}
 
 
 def _band_slots(positions_BT: jax.Array, slots: int) -> jax.Array:

@@ -126,11 +126,31 @@ class GPT(nn.Module):
         x_BTD, _ = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, None, rows))
         return linear_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype | None = None, undoable: int = 0) -> Cache:
         """An empty cache for `length` tokens of `batch` sequences; see `cache.init_cache`."""
-        return init_cache(self.config, batch, length)
+        return init_cache(self.config, batch, length, dtype, undoable)
 
-    def _hidden(self, tokens_BT, info, cache=None):
+    def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads prompts into an empty cache, with the attention of training: never a full matrix of scores.
+
+        Args:
+          tokens_BT: int token ids [batch, time], prompts that are padded at their end.
+          lengths_B: int [batch], how much of each row is prompt; at least 1.
+          cache: from `init_cache`, with at least `time` slots.
+
+        Returns:
+          Logits float32 [batch, vocab] of the token after each prompt, and the cache. The next token of a row has the
+          position `lengths_B`; the next slot is that after the longest prompt.
+        """
+        order_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        positions_BT = jnp.where(order_BT < lengths_B[:, None], order_BT, -1)
+        x_BTD, cache = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions_BT, None), cache, empty=True)
+        last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
+        logits_B1V = masked_logits(last_B1D, self._head(), self.config.vocab_size)
+        cache['index'] = jnp.max(lengths_B).astype(jnp.int32)
+        return logits_B1V[:, 0, : self.config.vocab_size], cache
+
+    def _hidden(self, tokens_BT, info, cache=None, empty=False):
         c = self.config
         if tokens_BT.shape[1] > c.block_size:
             raise InputError(f'{tokens_BT.shape[1]} tokens exceed block_size={c.block_size}; give at most that many')
@@ -145,7 +165,7 @@ class GPT(nn.Module):
         dropout_key = self.make_rng('dropout') if self.has_rng('dropout') else None
         if cache is None:
             return self.ln_f(run_layers(c, self._block(info, dropout_key), self.blocks, x_BTD)), None
-        x_BTD, cache = self._run_cached(self._block(info, dropout_key), x_BTD, info.positions_BT, cache)
+        x_BTD, cache = self._run_cached(self._block(info, dropout_key), x_BTD, info.positions_BT, cache, empty)
         return self.ln_f(x_BTD), cache
 
     def _block(self, info, dropout_key):
@@ -158,11 +178,11 @@ class GPT(nn.Module):
 
         return run
 
-    def _run_cached(self, run, x_BTD, positions_BT, cache):
+    def _run_cached(self, run, x_BTD, positions_BT, cache, empty):
         slots = cache['positions'].shape[1]
         if positions_BT.shape[1] > slots:
             raise InputError(f'{positions_BT.shape[1]} tokens exceed the {slots} slots of the cache; make a longer one')
-        after, places = advance(cache, positions_BT)
+        after, places = advance(cache, positions_BT, empty)
         kept = []
         for layer, layer_params in enumerate(layer_trees(self.blocks, self.config.n_layer)):
             layer_cache = (cache['key'][layer], cache['value'][layer])

@@ -10,7 +10,7 @@ from gpt_jax.parallel.mesh import (
     make_abstract_mesh,
     make_mesh,
 )
-from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, replicated, tree_shardings
+from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
 
 __all__ = [
     'AXES',
@@ -23,6 +23,7 @@ __all__ = [
     'make_abstract_mesh',
     'make_mesh',
     'parameter_spec',
+    'path_name',
     'replicated',
     'tree_shardings',
 ]

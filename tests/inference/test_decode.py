@@ -1,7 +1,5 @@
 """Decoding with a cache against whole forward passes without one."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,8 @@ import pytest
 
 from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
-from gpt_jax.inference import Sampling, generate, sample_text
-from gpt_jax.inference import decode as decoding
+from gpt_jax.inference import Ending, Engine, Sampling, generate, loop, sample_text
+from gpt_jax.inference import engine as engines
 from gpt_jax.models import GPT, GPTConfig
 
 VOCAB, BLOCK = 60, 128
@@ -50,8 +48,19 @@ def log_probabilities(model, params):
 
 
 @pytest.fixture(scope='module')
-def complete(model, params):
-    return functools.partial(generate, model, params, end_of_text=END)
+def engine(model, params):
+    return Engine(model, params)
+
+
+@pytest.fixture(scope='module')
+def complete(engine):
+    """A function: one prompt, how many new tokens, how they are chosen -> its continuations."""
+
+    def run(prompt, count, sampling, end_of_text=END, **settings):
+        (results,) = generate(engine, [prompt], sampling, Ending(count, end_of_text), **settings)
+        return results
+
+    return run
 
 
 # 31, 32 and 33 lie around the edge of a bucket; 40 tokens after 100 leave the prompt's bucket for the next one.
@@ -115,33 +124,33 @@ def test_a_higher_temperature_draws_less_likely_tokens(complete):
     assert cold > hot + 0.5
 
 
-def test_it_stops_at_end_of_text_and_leaves_it_out(model, params, complete):
+def test_it_stops_at_end_of_text_and_leaves_it_out(complete):
     tokens = complete(PROMPT, 20, GREEDY)[0].tokens
     end = next(token for token in tokens if tokens.index(token) >= 3)
     place = tokens.index(end)
-    (result,) = generate(model, params, PROMPT, 20, GREEDY, end_of_text=end)
+    (result,) = complete(PROMPT, 20, GREEDY, end_of_text=end)
     assert result.tokens == tokens[:place]
     assert len(result.logprobs) == place
     assert result.finish_reason == 'stop'
 
 
-def test_one_sample_that_stops_does_not_stop_the_others(model, params, complete):
+def test_one_sample_that_stops_does_not_stop_the_others(complete):
     unstopped = [result.tokens for result in complete(PROMPT, 40, DRAWN, num_samples=6)]
     places = {token: {row.index(token) for row in unstopped if token in row} for token in range(END)}
     end = max(places, key=lambda token: len(places[token]))
     assert len(places[end]) > 1
-    results = generate(model, params, PROMPT, 40, DRAWN, end_of_text=end, num_samples=6)
+    results = complete(PROMPT, 40, DRAWN, end_of_text=end, num_samples=6)
     for result, tokens in zip(results, unstopped, strict=True):
         assert result.tokens == (tokens[: tokens.index(end)] if end in tokens else tokens)
         assert result.finish_reason == ('stop' if end in tokens else 'length')
 
 
-def test_end_of_text_as_the_last_token_that_was_asked_for_is_a_stop(model, params, complete):
+def test_end_of_text_as_the_last_token_that_was_asked_for_is_a_stop(complete):
     tokens = complete(PROMPT, 20, GREEDY)[0].tokens
     end = next(token for token in tokens if tokens.index(token) >= 3)
-    (result,) = generate(model, params, PROMPT, tokens.index(end) + 1, GREEDY, end_of_text=end)
+    (result,) = complete(PROMPT, tokens.index(end) + 1, GREEDY, end_of_text=end)
     assert result.finish_reason == 'stop'
-    (result,) = generate(model, params, PROMPT, tokens.index(end), GREEDY, end_of_text=end)
+    (result,) = complete(PROMPT, tokens.index(end), GREEDY, end_of_text=end)
     assert result.finish_reason == 'length'
 
 
@@ -184,12 +193,15 @@ def test_settings_out_of_range_are_named(values, message):
 
 
 def test_requests_of_one_bucket_compile_once(complete):
+    def compiled():
+        return [program._cache_size() for program in (engines._prefill, loop.choose_first, loop.decode)]
+
     complete(PROMPT, 20, DRAWN)
-    compiled = decoding._decode._cache_size()
+    before = compiled()
     complete(PROMPT[:3], 11, Sampling(temperature=0.3, top_k=20), seed=9)
-    assert decoding._decode._cache_size() == compiled
-    complete(PROMPT * 6, 11, DRAWN)  # 36 tokens: the next bucket
-    assert decoding._decode._cache_size() == compiled + 1
+    assert compiled() == before
+    complete(PROMPT * 6, 11, DRAWN, num_samples=3)  # 36 tokens, the next bucket, in a batch of a size of its own
+    assert compiled() == [count + 1 for count in before]
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from gpt_jax.inference import sampling
+from gpt_jax.inference import filters, sampling
 
 # Whole tenths, so that ties happen.
 LOGITS = hypothesis.extra.numpy.arrays(np.int32, 12, elements=st.integers(-60, 60)).map(
@@ -35,7 +35,7 @@ def softmax(logits):
 def test_top_k_keeps_the_k_likeliest_and_what_ties_with_the_last(logits, top_k):
     threshold = np.sort(logits)[::-1][min(top_k, 12) - 1]
     expected = {token for token in range(12) if logits[token] >= threshold}
-    assert kept(sampling.keep_top_k(jnp.asarray(logits), top_k), logits) == expected
+    assert kept(filters.keep_top_k(jnp.asarray(logits), top_k), logits) == expected
 
 
 @few_examples
@@ -46,35 +46,35 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, percent):
     sums = np.cumsum(probabilities[order])
     hypothesis.assume(np.abs(sums - top_p).min() > 1e-5)  # beyond float32's rounding
     expected = set(order[: 1 + int(np.searchsorted(sums, top_p))])
-    assert kept(sampling.keep_top_p(jnp.asarray(logits), top_p), logits) == expected
+    assert kept(filters.keep_top_p(jnp.asarray(logits), top_p), logits) == expected
 
 
 def test_top_p_follows_the_published_example():
     logits = np.log(np.array([0.1, 0.5, 0.15, 0.25], np.float32))
-    assert kept(sampling.keep_top_p(jnp.asarray(logits), 0.6), logits) == {1, 3}
-    assert kept(sampling.keep_top_p(jnp.asarray(logits), 0.76), logits) == {1, 2, 3}
+    assert kept(filters.keep_top_p(jnp.asarray(logits), 0.6), logits) == {1, 3}
+    assert kept(filters.keep_top_p(jnp.asarray(logits), 0.76), logits) == {1, 2, 3}
 
 
 @pytest.mark.parametrize('top_p', [1e-9, 0.2])
 def test_top_p_always_keeps_the_likeliest(top_p):
     logits = np.array([0.0, 3.0, 1.0], np.float32)
-    assert kept(sampling.keep_top_p(jnp.asarray(logits), top_p), logits) == {1}
+    assert kept(filters.keep_top_p(jnp.asarray(logits), top_p), logits) == {1}
 
 
 def test_top_p_of_one_keeps_even_what_rounding_would_drop():
     logits = np.array([0.0, 40.0, *[-20.0] * 30], np.float32)
-    assert len(kept(sampling.keep_top_p(jnp.asarray(logits), 1.0), logits)) == 32
+    assert len(kept(filters.keep_top_p(jnp.asarray(logits), 1.0), logits)) == 32
 
 
 def test_filters_treat_each_row_alone():
     logits = np.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], np.float32)
-    for result in (sampling.keep_top_k(jnp.asarray(logits), 1), sampling.keep_top_p(jnp.asarray(logits), 0.5)):
+    for result in (filters.keep_top_k(jnp.asarray(logits), 1), filters.keep_top_p(jnp.asarray(logits), 0.5)):
         np.testing.assert_array_equal(np.isfinite(result), [[False, False, True], [True, False, False]])
 
 
 def test_temperature_divides():
     logits = np.array([[1.0, -2.0]], np.float32)
-    np.testing.assert_allclose(sampling.apply_temperature(jnp.asarray(logits), 0.5), [[2.0, -4.0]])
+    np.testing.assert_allclose(filters.apply_temperature(jnp.asarray(logits), 0.5), [[2.0, -4.0]])
 
 
 def test_greedy_takes_the_first_of_the_likeliest():

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+from jaxprs import largest_array
 from numpy_reference import float64, gpt_logits, self_attention
 
-from gpt_jax.models import GPT, unstack_layers
+from gpt_jax.models import GPT, GPTConfig, unstack_layers
 from gpt_jax.models.attention import CausalSelfAttention
 from gpt_jax.models.token_info import TokenInfo
 
@@ -173,3 +174,49 @@ def test_more_tokens_than_the_cache_has_slots_are_refused(config, params, tokens
     positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
     with pytest.raises((TypeError, ValueError)):
         GPT(config).apply({'params': params}, tokens, cache=GPT(config).init_cache(2, 10), positions=positions)
+
+
+# Prompts read into an empty cache.
+
+
+@pytest.mark.parametrize('pattern', ['dense', 'alternating'])
+def test_a_prefill_gives_the_logits_after_each_prompt_and_the_cache_of_one_token_at_a_time(
+    params, config, tokens, pattern
+):
+    config = dataclasses.replace(config, attention_pattern=pattern, band_size=4)
+    model = GPT(config)
+
+    @quick.jit
+    def prefill(tokens, lengths):
+        cache = model.init_cache(2, 24)
+        return model.apply({'params': params}, tokens, lengths, cache, method='prefill')
+
+    @quick.jit
+    def step(cache, token, positions):
+        logits, cache = model.apply({'params': params}, token[:, None], cache=cache, positions=positions[:, None])
+        return logits[:, 0], cache
+
+    lengths = jnp.array([9, 14])
+    logits, cache = prefill(tokens, lengths)
+    band = None if pattern == 'dense' else 4
+    for row, length in enumerate((9, 14)):
+        expected = gpt_logits(params, tokens[row : row + 1, :length], 300, band=band)[0, -1]
+        np.testing.assert_allclose(logits[row], expected, rtol=1e-4, atol=1e-4)
+    assert cache['index'] == 14
+    logits, _ = step(cache, tokens[jnp.arange(2), lengths], lengths)
+    for row, length in enumerate((9, 14)):
+        expected = gpt_logits(params, tokens[row : row + 1, : length + 1], 300, band=band)[0, -1]
+        np.testing.assert_allclose(logits[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prefill_holds_neither_all_scores_nor_the_logits_of_all_tokens():
+    config = GPTConfig(50_000, 4096, n_layer=2, n_head=1, d_model=8, attention_pattern='alternating')
+
+    def prefill(tokens):
+        model = GPT(config)
+        params = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.init, jax.random.key(0), tokens[:, :1])['params'])
+        cache = model.init_cache(1, 4096)
+        return model.apply({'params': params}, tokens, jnp.array([4000]), cache, method='prefill')
+
+    largest = largest_array(jax.make_jaxpr(prefill)(jnp.zeros((1, 4096), jnp.int32)))
+    assert largest <= 4096 * 4096 // 8

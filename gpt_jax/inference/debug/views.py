@@ -1,0 +1,101 @@
+"""What there is to see, as tables of text."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from gpt_jax.data import Tokenizer
+from gpt_jax.inference.debug.moment import Moment, entropy, likeliest, log_softmax, rank
+
+# From nothing to the largest of a row.
+SHADES = ' .:-=+*#%@'
+MAP_TOKENS = 32  # of an attention map, the last ones
+ATTENDED = 8  # tokens that the last one looks at most
+LENS_TOKENS = 3
+BAR = 24  # characters of a weight of 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells under a header; `marked` is the row that matters most, if any does."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    marked: int | None = None
+
+
+def show_token(tokenizer: Tokenizer, token: int) -> str:
+    """A token in quotes, with control characters escaped; as bytes where it is no whole character."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return repr(data.decode())
+    except UnicodeDecodeError:
+        return repr(data)
+
+
+def show_probability(value: float) -> str:
+    """Four digits, fewer where it is small; a dash where the token was dropped."""
+    if value == 0:
+        return '-'
+    return f'{value:.4f}' if value >= 1e-4 else f'{value:.0e}'
+
+
+def candidates(moment: Moment, tokenizer: Tokenizer, count: int, title: str) -> Table:
+    """The likeliest tokens before and after each filter, with the chosen one among them."""
+    tokens = [int(token) for token in likeliest(moment.logprobs_SV[0], count)]
+    if moment.chosen not in tokens:
+        tokens.append(moment.chosen)
+    rows = []
+    for token in tokens:
+        mark = '>' if token == moment.chosen else ''
+        shares = (show_probability(value) for value in moment.probabilities[:, token])
+        rows.append((mark, str(moment.rank(token)), show_token(tokenizer, token), str(token), *shares))
+    rows.append(('', '', 'entropy in nats', '', *(f'{value:.3f}' for value in moment.entropies)))
+    rows.append(('', '', 'tokens left', '', *(str(value) for value in moment.kept)))
+    header = ('', 'rank', 'token', 'id', *moment.names)
+    return Table(title, header, tuple(rows), tokens.index(moment.chosen))
+
+
+def lens(logits_LV: np.ndarray, tokenizer: Tokenizer, token: int) -> Table:
+    """What each layer would say comes next, and what it thinks of `token`."""
+    logprobs_LV = log_softmax(logits_LV)
+    rows = []
+    for layer, logprobs_V in enumerate(logprobs_LV):
+        guesses = [
+            f'{show_token(tokenizer, int(each))} {show_probability(np.exp(logprobs_V[each]))}'
+            for each in likeliest(logprobs_V, LENS_TOKENS)
+        ]
+        place = 'embedding' if layer == 0 else f'layer {layer - 1}'
+        own = (str(rank(logprobs_V, token)), show_probability(np.exp(logprobs_V[token])))
+        rows.append((place, *own, f'{entropy(logprobs_V):.3f}', '  '.join(guesses)))
+    name = show_token(tokenizer, token)
+    header = ('after', f'rank of {name}', 'probability', 'entropy', 'likeliest there')
+    return Table('logit lens: the final LayerNorm and the output head after every layer', header, tuple(rows))
+
+
+def most_attended(weights_S: np.ndarray, tokens: Sequence[int], tokenizer: Tokenizer, title: str) -> Table:
+    """The tokens that the last one looks at most."""
+    rows = [
+        (str(place), show_token(tokenizer, tokens[place]), f'{weights_S[place]:.4f}', _bar(weights_S[place]))
+        for place in likeliest(weights_S, ATTENDED)
+    ]
+    return Table(title, ('place', 'token', 'weight', ''), tuple(rows))
+
+
+def attention_map(weights_TS: np.ndarray, tokens: Sequence[int], tokenizer: Tokenizer) -> Table:
+    """Who looks at whom among the last tokens, as shades; a row's darkest is its largest weight."""
+    first = max(0, len(tokens) - MAP_TOKENS)
+    rows = []
+    for place in range(first, len(tokens)):
+        weights_S = weights_TS[place, first : place + 1]
+        shares = weights_S / max(weights_S.max(), 1e-30)
+        shades = ''.join(SHADES[round(float(share) * (len(SHADES) - 1))] for share in shares)
+        rows.append((str(place), show_token(tokenizer, tokens[place]), f'|{shades}|'))
+    title = f'each token (a row) looks at those from place {first} on (columns), shaded {SHADES!r}'
+    return Table(title, ('place', 'token', ''), tuple(rows))
+
+
+def _bar(weight: float) -> str:
+    return '#' * round(BAR * float(weight))

@@ -1,0 +1,140 @@
+"""The engine's prefill and steps against whole forward passes, one row at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.inference import Ending, Engine, Sampling, generate
+from gpt_jax.inference.buckets import batch_bucket, bucket
+from gpt_jax.models import GPT, GPTConfig
+from gpt_jax.parallel import MeshConfig, make_mesh
+
+# Bands of 5 tokens, so that prompts and continuations are longer than one.
+VOCAB, BLOCK, BAND = 60, 64, 5
+SIZES = {'n_layer': 3, 'n_head': 2, 'd_model': 32, 'attention_pattern': 'alternating', 'band_size': BAND}
+LENGTHS = (3, 17, 1, 9)
+
+
+@pytest.fixture(scope='module')
+def model():
+    return GPT(GPTConfig(VOCAB, BLOCK, **SIZES))
+
+
+@pytest.fixture(scope='module')
+def params(model):
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32), params)
+
+
+@pytest.fixture(scope='module')
+def engine(model, params):
+    return Engine(model, params)
+
+
+@pytest.fixture(scope='module')
+def forward(model, params):
+    """tokens -> logits of the token after them, from one forward pass without a cache."""
+    apply = jax.jit(lambda tokens: model.apply({'params': params}, tokens))
+
+    def run(tokens):
+        padded = np.zeros((1, BLOCK), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(apply(padded))[0, len(tokens) - 1]
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def texts():
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, VOCAB, length + 12).tolist() for length in LENGTHS]
+
+
+def follow(engine, texts, lengths, steps, **settings):
+    """Logits after each prompt, then after each of `steps` more tokens: [1 + steps, batch, vocab]."""
+    logits, seen = engine.prefill([text[:length] for text, length in zip(texts, lengths, strict=True)], steps)
+    found = [np.asarray(logits)]
+    for step in range(steps):
+        tokens = np.array([text[length + step] for text, length in zip(texts, lengths, strict=True)], np.int32)
+        logits, seen = engine.step(seen, tokens)
+        found.append(np.asarray(logits))
+    return np.stack(found), seen
+
+
+def test_rows_of_different_lengths_follow_the_forward_pass_and_are_as_if_alone(engine, forward, texts):
+    together, seen = follow(engine, texts, LENGTHS, 12)
+    np.testing.assert_array_equal(seen.lengths_B, np.array(LENGTHS) + 12)
+    for row, (text, length) in enumerate(zip(texts, LENGTHS, strict=True)):
+        expected = [forward(text[: length + step]) for step in range(13)]
+        np.testing.assert_allclose(together[:, row], expected, atol=1e-4)
+        alone, _ = follow(engine, [text], [length], 12)
+        np.testing.assert_allclose(together[:, row], alone[:, 0], atol=1e-5)
+
+
+def test_rows_can_be_repeated_and_reordered(engine, forward, texts):
+    _, seen = engine.prefill([text[:length] for text, length in zip(texts, LENGTHS, strict=True)], 4)
+    order = jnp.array([1, 1, 0])
+    logits, seen = engine.step(seen.rows(order), np.array([7, 8, 9]))
+    for found, row, token in zip(logits, (1, 1, 0), (7, 8, 9), strict=True):
+        np.testing.assert_allclose(found, forward([*texts[row][: LENGTHS[row]], token]), atol=1e-4)
+    assert seen.lengths_B.tolist() == [18, 18, 4]
+
+
+@pytest.mark.parametrize('back', [1, 4])
+def test_tokens_that_are_taken_back_leave_no_trace(engine, forward, texts, back):
+    # 4 tokens are read beyond the prompt and some are taken back: each band then reaches tokens it had moved on from.
+    text, length = texts[1], LENGTHS[1]
+    _, seen = engine.prefill([text[:length]], 12, undoable=4)
+    for token in (50, 51, 52, 53):
+        _, seen = engine.step(seen, np.array([token]))
+    kept = [50, 51, 52, 53][: 4 - back]
+    seen = seen.truncate(jnp.array([length + len(kept)]))
+    for token in (20, 21, 22):
+        kept.append(token)
+        logits, seen = engine.step(seen, np.array([token]))
+        np.testing.assert_allclose(logits[0], forward(text[:length] + kept), atol=1e-4)
+
+
+def test_a_narrower_cache_is_nearly_as_good_and_half_the_size(model, params, engine, texts):
+    narrow = Engine(model, params, cache_dtype='bf16')
+    exact, _ = follow(engine, texts, LENGTHS, 12)
+    found, seen = follow(narrow, texts, LENGTHS, 12)
+    assert {array.dtype for array in (*seen.cache['key'], *seen.cache['value'])} == {jnp.dtype(jnp.bfloat16)}
+    assert found.dtype == np.float32
+    error = np.abs(found - exact).max(axis=(1, 2))
+    assert error[0] < 1e-5  # a prompt is read without its cache
+    assert 1e-4 < error[1:].max() < 0.05 * np.abs(exact).max()
+
+
+def test_banded_layers_hold_their_band_alone(engine, texts):
+    _, seen = engine.prefill([texts[1][:17]], 12, undoable=3)
+    assert [array.shape[2] for array in seen.cache['key']] == [32, BAND + 3, 32]
+
+
+@pytest.mark.slow
+def test_a_mesh_continues_as_one_device_does(model, params, engine, texts):
+    prompts = [text[:length] for text, length in zip(texts, LENGTHS, strict=True)]
+    spread = Engine(model, params, mesh=make_mesh(MeshConfig(data=2, fsdp=4)))
+    kernel = spread.params['blocks'][0]['mlp']['up']['kernel']
+    assert kernel.addressable_shards[0].data.shape == (8, 128)
+    for sampling in (Sampling(greedy=True), Sampling(top_k=20)):
+        alone, together = (generate(e, prompts, sampling, Ending(10, -1)) for e in (engine, spread))
+        assert [r.tokens for (r,) in together] == [r.tokens for (r,) in alone]
+        np.testing.assert_allclose([r.logprobs for (r,) in together], [r.logprobs for (r,) in alone], atol=1e-4)
+
+
+def test_buckets_are_few_and_waste_little():
+    sizes = [bucket(length) for length in range(1, 4097)]
+    assert all(size >= length for length, size in enumerate(sizes, 1))
+    assert all(size <= 1.25 * length for length, size in enumerate(sizes, 1) if length > 256)
+    assert sorted(set(sizes))[:8] == [32, 64, 128, 256, 320, 384, 448, 512]
+    assert len(set(sizes)) == 32
+    assert bucket(900, 1024) == 960
+    assert bucket(40, 48) == 48
+
+
+def test_batches_have_few_sizes_that_a_mesh_can_split():
+    assert [batch_bucket(rows) for rows in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+    assert [batch_bucket(rows, 6) for rows in (1, 6, 7)] == [6, 6, 12]

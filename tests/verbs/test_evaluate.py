@@ -1,0 +1,114 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from gpt_jax.data.tokenizer import train_char
+from gpt_jax.evaluation import model_losses, strided_losses
+
+TEXT = 'the quick brown fox jumps over a dog.\nunder the café a naïve fox sleeps, the dog jumps\n'
+KEYS = ['loss', 'perplexity', 'bits_per_byte', 'tokens', 'words', 'bytes', 'stride', 'context']
+
+
+@pytest.fixture
+def checkpoint(finished_run):
+    return f'--checkpoint={finished_run.workdir}'
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / 'text.txt'
+    path.write_text(TEXT, encoding='utf-8')
+    return f'--text={path}'
+
+
+def test_help_names_the_flags_and_exits_0(process):
+    result = process('evaluate', '--help')
+    assert (result.returncode, result.stderr) == (0, '')
+    for flag in ('checkpoint', 'step', 'text', 'stride', 'context', 'batch_size'):
+        assert f'  --{flag}: ' in result.stdout
+
+
+def test_one_json_object_and_nothing_else_is_printed(verb, checkpoint, text, finished_run):
+    status, output, errors = verb('evaluate', checkpoint, text)
+    # The tiny model's tokenizer has no comma.
+    assert (status, errors) == (
+        0,
+        'warning: characters that the tokenizer does not know were scored as its unknown token\n',
+    )
+    assert output.count('\n') == 1
+    numbers = json.loads(output)
+    assert list(numbers) == KEYS
+    assert (numbers['stride'], numbers['context']) == (16, 32)
+    assert (numbers['tokens'], numbers['bytes']) == (len(TEXT) - 1, len(TEXT.encode()) - 1)
+    assert numbers['words'] == len(TEXT.split())
+    assert numbers['perplexity'] == pytest.approx(math.exp(numbers['loss']))
+    losses = strided_losses(
+        model_losses(finished_run.model, finished_run.params), finished_run.tokenizer.encode(TEXT), 32, 16
+    )
+    assert numbers['loss'] == pytest.approx(losses.mean(dtype=np.float64))
+    assert numbers['bits_per_byte'] == pytest.approx(losses.sum() / math.log(2) / numbers['bytes'])
+
+
+def test_flags_reach_the_windows(verb, checkpoint, text):
+    def numbers(*arguments):
+        return json.loads(verb('evaluate', checkpoint, text, *arguments)[1])
+
+    most = numbers('--stride=1')
+    assert (most['stride'], most['context']) == (1, 32)
+    assert numbers('--stride=1', '--batch_size=3')['loss'] == pytest.approx(most['loss'], rel=1e-6)
+    short = numbers('--context=4')
+    assert (short['stride'], short['context']) == (2, 4)
+    assert len({most['loss'], short['loss'], numbers()['loss']}) == 3
+
+
+def test_standard_input_is_the_same_as_a_file(process, checkpoint, text):
+    piped, read = process('evaluate', checkpoint, '--text=-', stdin=TEXT), process('evaluate', checkpoint, text)
+    assert (piped.returncode, piped.stdout) == (read.returncode, read.stdout)
+    assert list(json.loads(piped.stdout)) == KEYS
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--stride=0'], 'stride=0 must be at least 1 and at most context=32'),
+        (['--stride=33'], 'stride=33 must be at least 1 and at most context=32'),
+        (['--context=33'], '--context=33 exceeds block_size=32'),
+        (['--context=0'], 'context=0 must be at least 1'),
+        (['--batch_size=0'], 'batch_size=0 must be at least 1'),
+        (['--step=5'], 'has no checkpoint of step 5: it has 6'),
+        (['--strid=5'], "Unknown command line flag 'strid'"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_status_1(refused, checkpoint, text, arguments, message):
+    assert message in refused('evaluate', checkpoint, text, *arguments)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'', 'is empty; name a file with text in it'),
+        (b'a', 'the text has 1 tokens, and the first is never scored'),
+        (b'abc\xff', 'is not UTF-8 (byte 0xff at offset 3); convert it'),
+        (b'ab\xc3', 'is not UTF-8 (byte 0xc3 at offset 2)'),
+    ],
+)
+def test_a_text_that_cannot_be_scored_is_one_line(refused, checkpoint, tmp_path, content, message):
+    (tmp_path / 'text.txt').write_bytes(content)
+    assert message in refused('evaluate', checkpoint, f'--text={tmp_path / "text.txt"}')
+
+
+def test_what_is_not_there_is_named(refused, checkpoint, text, tmp_path):
+    assert '--checkpoint is missing' in refused('evaluate', text)
+    assert '--text is missing; give a text file, or -' in refused('evaluate', checkpoint)
+    assert f'--text={tmp_path} cannot be read' in refused('evaluate', checkpoint, f'--text={tmp_path}')
+    assert 'none.txt cannot be read (No such file' in refused('evaluate', checkpoint, '--text=none.txt')
+    assert 'none does not exist' in refused('evaluate', f'--checkpoint={tmp_path / "none"}', text)
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(refused, finished_run, text, tmp_path):
+    copy = shutil.copytree(finished_run.workdir, tmp_path / 'run')
+    train_char(['other letters']).save(copy / 'tokenizer.json')
+    assert 'does not match the checkpoint' in refused('evaluate', f'--checkpoint={copy}', text)
