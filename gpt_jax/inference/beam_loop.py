@@ -172,13 +172,13 @@ def _choose(texts: Texts, logprobs_PKV: jax.Array, count: jax.Array, rules: Rule
     totals_PX = (processed_RV + flat.scores[:, None]).reshape(prompts, beams * vocab)
     scores_PC, index_PC = jax.lax.top_k(totals_PX, 2 * beams)
     tokens_PC = index_PC % vocab
-    ends_PC = (tokens_PC == rules.chain.end_of_text) | (count + 1 >= rules.max_new_tokens)
-    running_PC = scores_PC + jnp.where(ends_PC, NEVER, 0.0)
+    is_end_PC = tokens_PC == rules.chain.end_of_text
+    running_PC = scores_PC + jnp.where(is_end_PC, NEVER, 0.0)
     return {
         'scores': scores_PC,
         'parents': index_PC // vocab,
         'tokens': tokens_PC,
-        'ends': ends_PC,
+        'ends': is_end_PC | (count + 1 >= rules.max_new_tokens),
         'running': running_PC,
         'next': jax.lax.top_k(running_PC, beams)[1],
     }
