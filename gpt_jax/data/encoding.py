@@ -9,10 +9,12 @@ from gpt_jax.data.corpus import Passage
 from gpt_jax.data.tokenizer import Tokenizer
 
 PIECE_CHARACTERS = 2**15
-LONGEST_PIECE = 2**20
+LONGEST_PIECE = 2**16
+LONGEST_WORD = 1000
 BATCH_CHARACTERS = 2**22
 # GPT-2's pre-tokenizer cuts between any other character and a space that follows it, whatever stands around them.
 _WORD_END = re.compile(r'\S(?=\s)')
+_ENDLESS_WORD = re.compile(rf'\S{{{LONGEST_WORD}}}')
 
 
 def up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
@@ -29,7 +31,7 @@ def pieces(text: str) -> Iterator[str]:
     """Cuts a text before spaces or ends of lines into pieces of about 2^15 characters.
 
     GPT-2's pre-tokenizer never joins what stands on both sides of such a cut, and characters stand alone anyway: the
-    ids of the pieces, joined, are the ids of the text. Only where 2^20 characters hold no such place they are cut
+    ids of the pieces, joined, are the ids of the text. Only where 2^16 characters hold no such place they are cut
     regardless, since the work on one word grows faster than its length: there the ids may differ.
     """
     start = 0
@@ -39,6 +41,11 @@ def pieces(text: str) -> Iterator[str]:
             end = cut.end()
         yield text[start:end]
         start = end
+
+
+def break_words(text: str) -> str:
+    """`text` with a space in words of more than 1000 characters: BPE learns from one in the square of its length."""
+    return _ENDLESS_WORD.sub(r'\g<0> ', text)
 
 
 def safe_end(text: str) -> int:

@@ -34,6 +34,11 @@ def test_a_word_without_end_is_cut_at_a_bound(monkeypatch):
     assert list(map(len, encoding.pieces('x' * 60 + ' ' + 'y' * 9))) == [25, 25, 10, 10]
 
 
+def test_bpe_learns_from_words_of_bounded_length():
+    text = f'short {"x" * 2500}\nend'
+    assert encoding.break_words(text) == f'short {"x" * 1000} {"x" * 1000} {"x" * 500}\nend'
+
+
 def test_long_documents_are_cut_and_chunks_are_bounded(small_bpe, monkeypatch, sample_text):
     monkeypatch.setattr(encoding, 'PIECE_CHARACTERS', 100)
     monkeypatch.setattr(encoding, 'BATCH_CHARACTERS', 500)
