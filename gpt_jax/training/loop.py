@@ -14,7 +14,7 @@ from gpt_jax.data import Batches, Tokenizer, prefetch
 from gpt_jax.models import GPT
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.config import RunConfig
-from gpt_jax.training.metrics import MetricsLog, Throughput, model_flops_utilisation, read_rows
+from gpt_jax.training.metrics import MetricsLog, Throughput, Waits, model_flops_utilisation, read_rows
 from gpt_jax.training.milestones import Milestones, Sampler, not_finite
 from gpt_jax.training.progress import Progress, plot_loss
 from gpt_jax.training.setup import Experiment, build, is_first_process
@@ -114,7 +114,7 @@ class _Loop:
             log(f'resuming from step {start}')
         self._log = MetricsLog(experiment.workdir, start) if is_first_process() else None
         self._progress = Progress(start, self._total, is_first_process())
-        self._throughput = Throughput()
+        self._throughput, self._waits = Throughput(), Waits()
         self._milestones = Milestones(experiment, checkpoints, self._total, sample, self._log, self._progress, start)
 
     def run(self) -> TrainResult:
@@ -147,7 +147,7 @@ class _Loop:
             return step, state
         self._throughput.start(step)
         with contextlib.closing(prefetch(batches, step, self._total, make_put_batch(e.mesh))) as stream:
-            for batch in stream:
+            for batch in self._waits.over(stream):
                 state, metrics = train_step(state, batch)
                 step += 1
                 # The device works on this step while the host reads the one before; reading every step also bounds
@@ -189,6 +189,7 @@ class _Loop:
         rate = self._throughput.lap(step, self._experiment.tokens_per_step)
         row = {'step': step, 'tokens': step * self._experiment.tokens_per_step, **values}
         row |= {'tokens_per_second': rate, 'mfu': model_flops_utilisation(self._experiment.model.config, rate)}
+        row['data_wait_ms'] = self._waits.lap()
         if skipped:
             row['grad_norm'] = None  # JSON has no infinity
         if self._log is not None:

@@ -6,8 +6,8 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import tensorboardX
@@ -15,6 +15,8 @@ import tensorboardX
 from gpt_jax.models import GPTConfig
 from gpt_jax.models.counts import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
+
+Item = TypeVar('Item')
 
 
 def model_flops_utilisation(config: GPTConfig, tokens_per_second: float) -> float | None:
@@ -48,6 +50,29 @@ class Throughput:
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began
+
+
+class Waits:
+    """How long a loop waited for what it goes over."""
+
+    def __init__(self):
+        self._seconds = 0.0
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """`items`, the time until each is there being counted."""
+        iterator = iter(items)
+        while True:
+            began = time.perf_counter()
+            item = next(iterator, None)
+            self._seconds += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+
+    def lap(self) -> float:
+        """Milliseconds waited since the last lap or the start."""
+        seconds, self._seconds = self._seconds, 0.0
+        return 1000 * seconds
 
 
 def read_rows(path: pathlib.Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:
