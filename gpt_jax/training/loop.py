@@ -140,7 +140,7 @@ class _Loop:
     def _steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         e, train = self._experiment, self._experiment.run.train
         rows = (train.batch_size, e.run.model.block_size, train.seed, jax.process_index(), jax.process_count())
-        batches = Batches(e.data.train, *rows)
+        batches = Batches(e.data.train, *rows, e.document_separator)
         train_step = make_train_step(e.model, e.optimizer, e.schedule, e.mesh, train.accumulation_steps, train.seed)
         step, unread = self._start, None
         if step and self._milestones.catch_up(step, state, stop):

@@ -93,10 +93,10 @@ def test_the_validation_loss_is_that_of_every_token_of_the_split(finished_run, c
 def test_an_evaluation_is_broken_off_where_it_is_asked_to(finished_run):
     batch = {'loss': jnp.ones(()), 'tokens': jnp.ones(())}
     asked = iter([False, False, True])
-    data = types.SimpleNamespace(validation=np.arange(100))
+    data = types.SimpleNamespace(prepared={'a': types.SimpleNamespace(validation=np.arange(100))})
     steps = []
     result = evaluation.evaluate(
-        lambda params, _: steps.append(params) or batch, lambda b: b, 'params', data, 1, 8, lambda: next(asked)
+        lambda params, _: steps.append(params) or batch, lambda b: b, 'params', data, 1, 8, None, lambda: next(asked)
     )
     assert result is None
     assert steps == ['params'] * 2
