@@ -72,9 +72,9 @@ def _config_of(name: str, config: DataConfig) -> DataConfig:
     if name in corpora.NAMES or name.startswith('hub:'):
         return dataclasses.replace(config, mixture=None, corpus=name)
     if not glob.glob(str(pathlib.Path(name).expanduser()), recursive=True):
+        known = ', '.join(known for known in corpora.NAMES if known != 'text')
         raise InputError(
-            f'data.mixture={config.mixture}: {name} is no file here and no corpus; name one of '
-            f'{", ".join(corpora.NAMES)}, hub:OWNER/NAME, or a file'
+            f'data.mixture={config.mixture}: {name} is no file and no corpus; name {known}, hub:OWNER/NAME or a file'
         )
     return dataclasses.replace(config, mixture=None, corpus='text', path=name)
 
