@@ -10,7 +10,7 @@ from gpt_jax.data.documents import document_places
 from gpt_jax.data.loader import Batches, prefetch, validation_batches
 from gpt_jax.data.pipeline import Prepared, prepare, prepare_piece
 from gpt_jax.data.shards import ShardInfo, Tokens, read_header, write_shard
-from gpt_jax.data.sources import TrainingData, prepare_sources
+from gpt_jax.data.sources import TrainingData, prepare_sources, prepare_sources_piece
 from gpt_jax.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     'prepare',
     'prepare_piece',
     'prepare_sources',
+    'prepare_sources_piece',
     'read_header',
     'validation_batches',
     'write_shard',

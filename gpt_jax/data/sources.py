@@ -52,18 +52,31 @@ def prepare_sources(
 
     Raises InputError where the mixture cannot be read or names what is no corpus and no file, and as `prepare` does.
     """
-    if config.mixture is None:
-        prepared = pipeline.prepare(config, tokenizer, log)
-        # A path with commas and colons is a name like any other here.
-        name = config.path or config.corpus
-        return TrainingData(prepared.tokenizer, {name: prepared}, {name: Fraction(1)})
-    if config.path is not None:
+    data = prepare_sources_piece(config, (1, 1), tokenizer, log)
+    assert data is not None  # the only piece is all of it
+    return data
+
+
+def prepare_sources_piece(
+    config: DataConfig,
+    piece: tuple[int, int],
+    tokenizer: Tokenizer | None = None,
+    log: Callable[[str], None] = print,
+) -> TrainingData | None:
+    """`prepare_sources` for one machine's share (see `prepare_piece`); None while parts of other pieces are missing.
+
+    Machines that share no folder need one tokenizer of a mixture: `gpt2`, or a folder that holds it.
+    """
+    if config.mixture is not None and config.path is not None:
         raise InputError(f'data.path={config.path} beside data.mixture={config.mixture}: name the file in the mixture')
-    weights = parse_mixture(config.mixture)
-    configs = {name: _config_of(name, config) for name in weights}
-    if tokenizer is None and config.tokenizer in ('bpe', 'char'):
+    # A single corpus may be called anything: it is not looked for in the text of a mixture.
+    weights = {config.path or config.corpus: Fraction(1)} if config.mixture is None else parse_mixture(config.mixture)
+    configs = {name: config if config.mixture is None else _config_of(name, config) for name in weights}
+    if config.mixture is not None and tokenizer is None and config.tokenizer in ('bpe', 'char'):
         tokenizer = _shared_tokenizer(config, configs, weights, log)
-    prepared = {name: pipeline.prepare(source, tokenizer, log) for name, source in configs.items()}
+    prepared = {name: pipeline.prepare_piece(source, piece, tokenizer, log) for name, source in configs.items()}
+    if None in prepared.values():
+        return None
     return TrainingData(next(iter(prepared.values())).tokenizer, prepared, weights)
 
 

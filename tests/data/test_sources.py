@@ -4,7 +4,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from gpt_jax.data import Batches, DataConfig, prepare_sources
+from gpt_jax.data import Batches, DataConfig, prepare_sources, prepare_sources_piece
 from gpt_jax.data.tokenizer import train_bpe
 from gpt_jax.errors import InputError
 
@@ -87,3 +87,16 @@ def test_a_source_that_is_no_corpus_and_no_file_is_named(folder):
 def test_a_path_beside_a_mixture_is_refused(folder):
     with pytest.raises(InputError, match=r'^data\.path=x\.txt beside data\.mixture=python_docs:1: '):
         prepare_sources(DataConfig(mixture='python_docs:1', path='x.txt', cache_dir=str(folder)), log=quiet)
+
+
+def test_a_mixture_is_prepared_in_pieces(config, mixed):
+    # All is there already: any piece finds the others' parts.
+    again = prepare_sources_piece(config, (2, 3), log=quiet)
+    assert again.fingerprint == mixed.fingerprint
+
+
+def test_one_piece_of_a_new_mixture_is_not_all_of_it(config, folder):
+    # A small file is one part, which is the first piece's.
+    elsewhere = dataclasses.replace(config, vocab_size=290)
+    assert prepare_sources_piece(elsewhere, (2, 2), log=quiet) is None
+    assert prepare_sources_piece(elsewhere, (1, 2), log=quiet) is not None
