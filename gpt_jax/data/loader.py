@@ -82,7 +82,7 @@ class Batches:
         process_count: int = 1,
         end_of_text: int | None = None,
     ):
-        """Takes sources, or the tokens [count] of a single one, such as `TokenShard.tokens`.
+        """Takes sources, or the tokens [count] of a single one, such as a `Tokens`.
 
         Raises InputError where a source does not fill one window, the rows do not divide by `process_count`, or the
         seed is negative.

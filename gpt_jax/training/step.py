@@ -40,10 +40,9 @@ def make_train_step(
     """The jitted step (state, batch) -> (state, metrics); the given state is donated.
 
     The batch holds `tokens` and `targets`, int32 [batch, time], and with a document mask `positions` and `documents`,
-    the same. It is cut into `accumulation_steps` micro-batches whose
-    gradients are added up: the result is that of the whole batch at once, the mean over all tokens. Metrics are
-    float32 scalars `loss` (nats a token), `grad_norm` (before clipping) and `learning_rate`, and with fp16
-    `loss_scale` and `skipped_steps`.
+    the same. It is cut into `accumulation_steps` micro-batches whose gradients are added up: the result is that of the
+    whole batch at once, the mean over all tokens. Metrics are float32 scalars `loss` (nats a token), `grad_norm`
+    (before clipping) and `learning_rate`, and with fp16 `loss_scale` and `skipped_steps`.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
 
