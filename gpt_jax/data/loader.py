@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -167,9 +168,16 @@ def _rows_of_process(batch_size: int, process_index: int, process_count: int) ->
 
 
 def prefetch(
-    batches: BatchSource, start: int, stop: int, to_device: Callable[[Any], OnDevice], depth: int = 2
+    batches: BatchSource,
+    start: int,
+    stop: int,
+    to_device: Callable[[Any], OnDevice],
+    depth: int = 2,
+    on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[OnDevice]:
     """Yields `to_device(batches[step])` for step in [start, stop), made by one background thread, `depth` ahead.
+
+    Where a batch is asked for before it is there, `on_wait` gets the seconds until it was.
 
     What the thread raises is raised here, at the step that it belongs to. Closing the generator, also by leaving the
     loop or by Ctrl-C, ends the thread before it returns.
@@ -186,7 +194,11 @@ def prefetch(
         for ahead in range(start + depth, stop + depth):
             if not pending:
                 break
-            batch = pending.popleft().result()
+            future = pending.popleft()
+            ready, began = future.done(), time.perf_counter()
+            batch = future.result()
+            if not ready:
+                on_wait(time.perf_counter() - began)
             if ahead < stop:
                 pending.append(executor.submit(make, ahead))
             yield batch

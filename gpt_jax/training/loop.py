@@ -146,8 +146,9 @@ class _Loop:
         if step and self._milestones.catch_up(step, state, stop):
             return step, state
         self._throughput.start(step)
-        with contextlib.closing(prefetch(batches, step, self._total, make_put_batch(e.mesh))) as stream:
-            for batch in self._waits.over(stream):
+        stream = prefetch(batches, step, self._total, make_put_batch(e.mesh), on_wait=self._waits.add)
+        with contextlib.closing(stream):
+            for batch in stream:
                 state, metrics = train_step(state, batch)
                 step += 1
                 # The device works on this step while the host reads the one before; reading every step also bounds

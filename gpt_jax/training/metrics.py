@@ -6,8 +6,8 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import tensorboardX
@@ -16,7 +16,6 @@ from gpt_jax.models import GPTConfig
 from gpt_jax.models.counts import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
 
-Item = TypeVar('Item')
 
 
 def model_flops_utilisation(config: GPTConfig, tokens_per_second: float) -> float | None:
@@ -53,21 +52,14 @@ class Throughput:
 
 
 class Waits:
-    """How long a loop waited for what it goes over."""
+    """How long a loop waited for its batches."""
 
     def __init__(self):
         self._seconds = 0.0
 
-    def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """`items`, the time until each is there being counted."""
-        iterator = iter(items)
-        while True:
-            began = time.perf_counter()
-            item = next(iterator, None)
-            self._seconds += time.perf_counter() - began
-            if item is None:
-                return
-            yield item
+    def add(self, seconds: float) -> None:
+        """Counts a wait."""
+        self._seconds += seconds
 
     def lap(self) -> float:
         """Milliseconds waited since the last lap or the start."""

@@ -263,6 +263,30 @@ def test_prefetch_works_ahead_by_its_depth_and_no_further():
     batches.close()
 
 
+def test_prefetch_reports_a_wait_only_where_the_batch_was_not_there():
+    may_go, waits = threading.Event(), []
+
+    def to_device(step):
+        if step == 0:
+            may_go.wait(timeout=10)
+        return step
+
+    source = Numbers()
+    batches = prefetch(source, 0, 3, to_device, depth=2, on_wait=waits.append)
+    timer = threading.Timer(0.05, may_go.set)
+    timer.start()
+    assert next(batches) == 0
+    assert len(waits) == 1
+    assert waits[0] > 0.01
+    deadline = time.monotonic() + 10
+    while source.asked != [0, 1, 2] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert next(batches) == 1
+    assert len(waits) == 1
+    batches.close()
+    timer.join()
+
+
 @pytest.mark.parametrize('where', ['batches', 'to_device'])
 def test_prefetch_raises_in_the_consumer_at_the_step_that_failed(where):
     source = Numbers(fails_at=4 if where == 'batches' else None)

@@ -118,23 +118,12 @@ def test_throughput_counts_the_steps_of_a_lap_and_leaves_other_work_out(monkeypa
     assert throughput.lap(step=11, tokens_per_step=100) == pytest.approx(400 / 4)
 
 
-def test_waits_count_the_time_until_each_item_is_there_and_nothing_else(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(metrics, 'time', types.SimpleNamespace(perf_counter=lambda: clock[0]))
+def test_waits_are_added_up_in_milliseconds_and_begin_anew_with_each_lap():
     waits = Waits()
-
-    def items():
-        for seconds in (2.0, 0.0, 0.5):
-            clock[0] += seconds
-            yield seconds
-
-    seen, laps = [], []
-    for item in waits.over(items()):
-        seen.append(item)
-        clock[0] += 100.0  # the loop's own work
-        laps.append(waits.lap())
-    assert seen == [2.0, 0.0, 0.5]
-    assert laps == [2000.0, 0.0, 500.0]
+    assert waits.lap() == 0.0
+    waits.add(0.5)
+    waits.add(0.25)
+    assert waits.lap() == 750.0
     assert waits.lap() == 0.0
 
 
