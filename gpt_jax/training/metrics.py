@@ -17,7 +17,6 @@ from gpt_jax.models.counts import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
 
 
-
 def model_flops_utilisation(config: GPTConfig, tokens_per_second: float) -> float | None:
     """Share of all devices' peak that the model's arithmetic takes; None where the peak is not known."""
     device = DEVICES.get(jax.devices()[0].device_kind)
