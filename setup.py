@@ -52,6 +52,7 @@ setup(
             'nbformat>=5.10',
             'pytest>=8.0',
             'ruff>=0.14',
+            'tiktoken>=0.7',
         ],
     },
 )

@@ -38,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
         },
         'data': {
             'corpus': 'python_docs',  # a name (data/corpora.py lists them), or 'hub:REPO[@REVISION][:CONFIG]'
+            'mixture': placeholder(str),  # several, in place of the corpus: 'python_docs:0.7,notes.txt:0.3' (weights)
             'path': placeholder(str),  # local .txt, .jsonl[.gz, .zst] or .parquet, also '*.txt', in place of the corpus
             'column': 'text',  # of parquet and JSON lines: where the text stands
             'documents': 'whole',  # plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block'
@@ -47,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
             'tokenizer': 'bpe',  # 'bpe' (trained on the corpus), 'char', 'gpt2', or a folder with GPT-2's files
             'vocab_size': 4096,  # of a tokenizer that is trained
             'num_workers': placeholder(int),  # processes that prepare a large corpus; unset: one for each core
+            'mask_documents': False,  # tokens see their own document alone; positions start again in each
             'cache_dir': placeholder(str),  # token shards; unset: gpt_jax/data in the user's cache folder
         },
         'optimizer': {

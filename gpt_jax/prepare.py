@@ -34,11 +34,11 @@ def main() -> int:
     if NUM_WORKERS.value is not None:
         settings['num_workers'] = NUM_WORKERS.value
     piece = _piece(PIECE.value)
-    from gpt_jax.data import DataConfig, prepare_piece
+    from gpt_jax.data import DataConfig, prepare_sources_piece
 
-    prepared = prepare_piece(DataConfig(**settings), piece)
-    if prepared is not None:
-        print(f'done: {prepared.folder}')
+    data = prepare_sources_piece(DataConfig(**settings), piece)
+    for source in data.prepared.values() if data is not None else ():
+        print(f'done: {source.folder}')
     return 0
 
 

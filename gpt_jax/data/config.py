@@ -13,6 +13,7 @@ class DataConfig:
 
     Attributes:
       corpus: a name of `gpt_jax.data.corpora.NAMES`, or `hub:REPO[@REVISION][:CONFIG]`.
+      mixture: several corpora to use instead, 'NAME:WEIGHT,NAME:WEIGHT' (see `mixture.parse_mixture`).
       path: local files to use instead of `corpus`: .txt, .jsonl (also .gz, .zst) or .parquet; may hold wildcards.
       column: the column of parquet, or the key of JSON lines, that holds the text.
       documents: of plain text: 'whole' (one text, its last tenth held out), 'file', or 'block' (parted by blank lines).
@@ -22,10 +23,12 @@ class DataConfig:
       tokenizer: 'bpe' (learned from the corpus), 'char', 'gpt2', or a directory with a GPT-2 vocabulary.
       vocab_size: tokens of a 'bpe' tokenizer, 257 or more; the others have their own size.
       num_workers: processes that prepare a large corpus; None: one for each core.
+      mask_documents: whether tokens see their own document alone, and positions start again in each.
       cache_dir: where prepared data is kept; None is `data` in the user's cache folder.
     """
 
     corpus: str = 'python_docs'
+    mixture: str | None = None
     path: str | None = None
     column: str = 'text'
     documents: str = 'whole'
@@ -35,6 +38,7 @@ class DataConfig:
     tokenizer: str = 'bpe'
     vocab_size: int = 4096
     num_workers: int | None = None
+    mask_documents: bool = False
     cache_dir: str | None = None
 
     def check(self) -> None:

@@ -1,5 +1,6 @@
 """Text -> token ids, in pieces: memory stays bounded and all cores work, be it many documents or one long one."""
 
+import array
 import re
 from collections.abc import Iterable, Iterator
 
@@ -57,7 +58,7 @@ def safe_end(text: str) -> int:
 
 
 def token_chunks(tokenizer: Tokenizer, passages: Iterable[Passage]) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, ids) of all passages in order, end of text after each document; ids int64, some million at most."""
+    """(split, ids) of all passages in order, end of text after each document; ids uint32, some million at most."""
     batch: list[Passage] = []
     characters = 0
     for passage in passages:
@@ -80,4 +81,5 @@ def _encode(tokenizer: Tokenizer, batch: list[Passage]) -> Iterator[tuple[str, n
         if passage.ends_document:
             of_split.append(tokenizer.end_of_text)
     for split, of_split in ids.items():
-        yield split, np.array(of_split, np.int64)
+        # Three times as fast as numpy is with a list.
+        yield split, np.frombuffer(array.array('I', of_split), np.uint32)

@@ -80,13 +80,13 @@ def prepare_piece(
     """
     config.check()
     corpus = corpora.load(config)
-    cache = pathlib.Path(config.cache_dir or pathlib.Path(platformdirs.user_cache_dir('gpt_jax'), 'data')).expanduser()
+    cache = cache_folder(config)
     folder, tokenizer = _choose(cache, corpus, config, tokenizer)
     if manifest.complete(folder):
         prepared = _open(folder, corpus, log)
         log(f'data: reused from {folder}')
         return prepared
-    with _writing(cache):
+    with writing(cache):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
         corpus = _resolved(folder, corpus)
         tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
@@ -121,8 +121,14 @@ def _folder(cache: pathlib.Path, corpus: Corpus, tokenizer: str) -> pathlib.Path
     return cache / f'{corpus.name}-{digest(corpus.key, tokenizer)[:16]}'
 
 
+def cache_folder(config: DataConfig) -> pathlib.Path:
+    """Where prepared data is kept."""
+    return pathlib.Path(config.cache_dir or pathlib.Path(platformdirs.user_cache_dir('gpt_jax'), 'data')).expanduser()
+
+
 @contextlib.contextmanager
-def _writing(cache: pathlib.Path) -> Iterator[None]:
+def writing(cache: pathlib.Path) -> Iterator[None]:
+    """Turns errors of writing in `cache` into InputError, and leaves all others alone."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         yield
@@ -170,10 +176,10 @@ def _make_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
         return tokenizers.gpt2()
     if config.tokenizer == 'char':
         return tokenizers.train_char(piece for text in corpus.documents('train') for piece in pieces(text))
-    return tokenizers.train_bpe(_sample(corpus), config.vocab_size)
+    return tokenizers.train_bpe(sample(corpus), config.vocab_size)
 
 
-def _sample(corpus: Corpus) -> Iterator[str]:
+def sample(corpus: Corpus) -> Iterator[str]:
     """The training text that BPE learns from: the beginnings of parts that are spread over the corpus."""
     parts = [part for part in corpus.parts() if part.split in ('', 'train')]
     spread = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
@@ -16,13 +17,14 @@ from gpt_jax.errors import InputError
 END_OF_TEXT = '<|endoftext|>'
 UNKNOWN = '<|unknown|>'
 SMALLEST_BPE = 257  # the 256 bytes and end of text
+LARGEST_VOCABULARY = 2**31  # batches hold ids as int32
 GPT2_REPOSITORY = 'openai-community/gpt2'
 
 
 class Tokenizer:
     """A vocabulary with its rules for cutting text, and the id that separates documents.
 
-    `encode` never gives the end-of-text id: a user's literal `<|endoftext|>` is cut like any other text, and
+    `encode` gives no special id unless asked to: a user's literal `<|endoftext|>` is cut like any other text, and
     only code that means the separator writes `end_of_text`. With byte-level vocabularies `decode(encode(text))` is
     `text` for every string; with characters it is for strings of known characters, and every other character becomes
     the one unknown token.
@@ -34,17 +36,27 @@ class Tokenizer:
     """
 
     def __init__(self, inner: tokenizers.Tokenizer):
+        """Takes a tokenizer of the library.
+
+        Raises InputError where it has no end of text, or ids that do not fit int32.
+        """
+        end_of_text = inner.token_to_id(END_OF_TEXT)
+        if end_of_text is None:
+            raise InputError(f'the tokenizer has no {END_OF_TEXT} token, which separates documents: use another one')
+        # A file may list it as an ordinary token, which text could produce.
+        inner.add_special_tokens([END_OF_TEXT])
         # Not stored in the file, so set wherever one is made or read: without it a literal `<|endoftext|>` in
         # somebody's text would end the document.
         inner.encode_special_tokens = True
         inner.no_truncation()
         inner.no_padding()
-        end_of_text = inner.token_to_id(END_OF_TEXT)
-        if end_of_text is None:
-            raise InputError(f'the tokenizer has no {END_OF_TEXT} token, which separates documents: use another one')
         self._inner = inner
         self.end_of_text: int = end_of_text
         self.vocab_size: int = max(inner.get_vocab().values()) + 1  # the greatest id counts, should there be gaps
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise InputError(f'the tokenizer has token id {self.vocab_size - 1}, above int32: use another one')
+        added = inner.get_added_tokens_decoder()
+        self._special = {token.content: id_ for id_, token in added.items() if token.special}
         canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True, separators=(',', ':'))
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -55,10 +67,18 @@ class Tokenizer:
             return 'char'
         return 'gpt2' if (self.vocab_size, self.end_of_text) == (50257, 50256) else 'bpe'
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Raises InputError where it holds a lone surrogate, which no encoding can store."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of `text`; with `special`, a literal `<|endoftext|>` in it becomes the id that ends documents.
+
+        Raises InputError where it holds a lone surrogate, which no encoding can store.
+        """
         _check_text(text)
-        return self._inner.encode(text, add_special_tokens=False).ids
+        if not special:
+            return self._inner.encode(text, add_special_tokens=False).ids
+        ids = []
+        for part in re.split(f'({"|".join(map(re.escape, self._special))})', text):
+            ids += [self._special[part]] if part in self._special else self.encode(part)
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""

@@ -38,7 +38,8 @@ def visible(queries_BT: jax.Array, keys_BS: jax.Array, band: int | None) -> jax.
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what stands before it (GPT-2; GPT-1, section 3.1).
 
-    With a `band` it sees no more than that many tokens, itself among them (GPT-3, section 2.1: "locally banded").
+    With a `band` it sees no more than that many tokens, itself among them (GPT-3, section 2.1: "locally banded"). Where
+    `info` tells documents apart, it sees none of another one.
     """
 
     config: GPTConfig
@@ -79,21 +80,26 @@ class CausalSelfAttention(nn.Module):
     def _causal(self, q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, info: TokenInfo) -> jax.Array:
         c, time = self.config, q_BNTK.shape[2]
         band = self.band if self.band is not None and self.band < time else None
+        documents_BT = None if info.documents_BT is None else constrain(info.documents_BT, 'batch', None)
         if c.attention_dropout > 0 and self.has_rng('dropout'):
             # Fused kernels have no dropout on the probabilities: these are made in full.
             order_1T = jnp.arange(time)[None]
-            weights_BNTS = attention_weights(q_BNTK, k_BNTK, visible(order_1T, order_1T, band), c.scale)
+            mask_BTS = visible(order_1T, order_1T, band)
+            if documents_BT is not None:
+                mask_BTS = mask_BTS & (documents_BT[:, :, None] == documents_BT[:, None, :])
+            weights_BNTS = attention_weights(q_BNTK, k_BNTK, mask_BTS, c.scale)
             weights_BNTS = Dropout(c.attention_dropout)(weights_BNTS, info.rows_B)
             return jnp.einsum('BNTS,BNSK->BNTK', weights_BNTS.astype(c.dtype), v_BNTK)
-        if _cudnn_takes(q_BNTK):
+        # cuDNN would take documents only as a whole [time, keys] matrix for each row, added to the scores.
+        if documents_BT is None and _cudnn_takes(q_BNTK):
             qkv_BTNK = (y.transpose(0, 2, 1, 3) for y in (q_BNTK, k_BNTK, v_BNTK))
             # cuDNN's window does not count the query itself.
             window = None if band is None else (band - 1, 0)
             settings = {'scale': c.scale, 'is_causal': True, 'local_window_size': window, 'implementation': 'cudnn'}
             return jax.nn.dot_product_attention(*qkv_BTNK, **settings).transpose(0, 2, 1, 3)
         if band is None:
-            return blockwise.blockwise_attention(q_BNTK, k_BNTK, v_BNTK, c.scale)
-        return blockwise.banded_attention(q_BNTK, k_BNTK, v_BNTK, c.scale, band)
+            return blockwise.blockwise_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale)
+        return blockwise.banded_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band)
 
     def _cached(self, q_BNTK, k_BNSK, v_BNSK, positions_BS, info: TokenInfo) -> jax.Array:
         mask_BTS = visible(info.positions_BT, positions_BS, self.band)

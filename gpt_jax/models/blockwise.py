@@ -27,28 +27,33 @@ OUTPUT_NAME, LOGSUMEXP_NAME = 'attention', 'attention_logsumexp'
 _f32_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def blockwise_attention(q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, scale: float) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def blockwise_attention(
+    q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, documents_BT: jax.Array | None, scale: float
+) -> jax.Array:
     """Causal softmax(scale q k) v.
 
     Args:
       q_BNTK: queries [batch, heads, time, head_dim]; keys and values of the same shape and dtype.
+      documents_BT: int [batch, time]: a query sees keys of its own document alone; None: all are of one.
       scale: factor on the product of query and key.
 
     Returns:
       [batch, heads, time, head_dim] in the inputs' dtype; softmax in float32.
     """
-    return _dense_forward(q_BNTK, k_BNTK, v_BNTK, scale)[0]
+    return _dense_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def banded_attention(q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, scale: float, band: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def banded_attention(
+    q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, documents_BT: jax.Array | None, scale: float, band: int
+) -> jax.Array:
     """Causal softmax(scale q k) v in which a query sees `band` keys: its own and the ones right before it.
 
     Time and memory are proportional to time x band (Child et al. 2019, "Sparse Transformer", section 4: local
     attention). Arguments and result as of `blockwise_attention`.
     """
-    return _banded_forward(q_BNTK, k_BNTK, v_BNTK, scale, band)[0]
+    return _banded_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale, band)[0]
 
 
 def _attend(q_QK, k_SK, v_SK, visible_QS, scale):
@@ -73,10 +78,11 @@ def _attend_gradients(q_QK, k_SK, v_SK, visible_QS, scale, logsumexp_Q1, delta_Q
     return dq_QK, dk_SK, dv_SK
 
 
-def _residuals(q_BNTK, k_BNTK, v_BNTK, out_BNTK, logsumexp_BNT1):
+def _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1):
     """What the backward pass needs; named, so that rematerialisation may keep the attention's own part."""
     out_BNTK = checkpoint_name(out_BNTK, OUTPUT_NAME)
-    return out_BNTK, (q_BNTK, k_BNTK, v_BNTK, out_BNTK, checkpoint_name(logsumexp_BNT1, LOGSUMEXP_NAME))
+    logsumexp_BNT1 = checkpoint_name(logsumexp_BNT1, LOGSUMEXP_NAME)
+    return out_BNTK, (q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1)
 
 
 def _delta(dout_BNTK, out_BNTK):
@@ -88,37 +94,41 @@ def _blocks(time: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, time)) for start in range(0, time, size)]
 
 
-def _before(start: int, stop: int) -> jax.Array:
-    """Which keys up to the last of them the queries from `start` to `stop` see."""
-    return jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+def _before(documents_BT: jax.Array | None, start: int, stop: int) -> jax.Array:
+    """Which keys up to the last of them the queries from `start` to `stop` see: [Q, S], or [B, 1, Q, S]."""
+    visible_QS = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+    if documents_BT is None:
+        return visible_QS
+    return visible_QS & (documents_BT[:, None, start:stop, None] == documents_BT[:, None, None, :stop])
 
 
-def _dense_forward(q_BNTK, k_BNTK, v_BNTK, scale):
+def _dense_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale):
     outputs, logsumexps = [], []
     for start, stop in _blocks(q_BNTK.shape[2]):
         block = (q_BNTK[:, :, start:stop], k_BNTK[:, :, :stop], v_BNTK[:, :, :stop])
-        out_BNQK, logsumexp_BNQ1 = _attend(*block, _before(start, stop), scale)
+        out_BNQK, logsumexp_BNQ1 = _attend(*block, _before(documents_BT, start, stop), scale)
         outputs.append(out_BNQK)
         logsumexps.append(logsumexp_BNQ1)
     out_BNTK, logsumexp_BNT1 = jnp.concatenate(outputs, axis=2), jnp.concatenate(logsumexps, axis=2)
-    return _residuals(q_BNTK, k_BNTK, v_BNTK, out_BNTK, logsumexp_BNT1)
+    return _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1)
 
 
 def _dense_backward(scale, residuals, dout_BNTK):
-    q_BNTK, k_BNTK, v_BNTK, out_BNTK, logsumexp_BNT1 = residuals
+    q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1 = residuals
     delta_BNT1 = _delta(dout_BNTK, out_BNTK)
     dq_blocks = []
     dk_BNTK = jnp.zeros(k_BNTK.shape, jnp.float32)
     dv_BNTK = jnp.zeros(v_BNTK.shape, jnp.float32)
     for start, stop in _blocks(q_BNTK.shape[2]):
-        block = (q_BNTK[:, :, start:stop], k_BNTK[:, :, :stop], v_BNTK[:, :, :stop], _before(start, stop), scale)
+        block = (q_BNTK[:, :, start:stop], k_BNTK[:, :, :stop], v_BNTK[:, :, :stop])
         of_queries = (array[:, :, start:stop] for array in (logsumexp_BNT1, delta_BNT1, dout_BNTK))
-        dq_BNQK, dk_BNSK, dv_BNSK = _attend_gradients(*block, *of_queries)
+        visible = _before(documents_BT, start, stop)
+        dq_BNQK, dk_BNSK, dv_BNSK = _attend_gradients(*block, visible, scale, *of_queries)
         dq_blocks.append(dq_BNQK)
         dk_BNTK = dk_BNTK.at[:, :, :stop].add(dk_BNSK)
         dv_BNTK = dv_BNTK.at[:, :, :stop].add(dv_BNSK)
     gradients = (jnp.concatenate(dq_blocks, axis=2), dk_BNTK, dv_BNTK)
-    return tuple(gradient.astype(q_BNTK.dtype) for gradient in gradients)
+    return (*(gradient.astype(q_BNTK.dtype) for gradient in gradients), None)
 
 
 blockwise_attention.defvjp(_dense_forward, _dense_backward)
@@ -171,12 +181,23 @@ class _Band:
         part = part.reshape(*part.shape[:2], -1, part.shape[-1])
         return jax.lax.dynamic_update_slice_in_dim(total_BNTK, part, step * self.group * self.size, axis=2)
 
-    def visible(self, step: jax.Array) -> jax.Array:
-        """[group, size, (back + 1) size]: which keys of its window a query sees."""
+    def padded_documents(self, documents_BT: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        """The documents of the queries and of the keys, as `visible` takes them."""
+        if documents_BT is None:
+            return None
+        documents_B1T1 = documents_BT[:, None, :, None]
+        return self.padded(documents_B1T1), self.padded(documents_B1T1, self.back)
+
+    def visible(self, step: jax.Array, documents: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        """[group, size, (back + 1) size], or [batch, 1, ...]: which keys of its window a query sees."""
         width = (self.back + 1) * self.size
         offset_QS = jnp.arange(width) - self.back * self.size - jnp.arange(self.size)[:, None]
         first_G1 = (step * self.group + jnp.arange(self.group)[:, None] - self.back) * self.size
-        return ((offset_QS <= 0) & (offset_QS > -self.band)) & (first_G1 + jnp.arange(width) >= 0)[:, None]
+        visible_GQS = ((offset_QS <= 0) & (offset_QS > -self.band)) & (first_G1 + jnp.arange(width) >= 0)[:, None]
+        if documents is None:
+            return visible_GQS
+        of_queries, of_keys = self.blocks(documents[0], step), self.windows(documents[1], step)
+        return visible_GQS & (of_queries == of_keys.swapaxes(-1, -2))
 
 
 def _join_steps(parts: jax.Array, time: int) -> jax.Array:
@@ -185,36 +206,38 @@ def _join_steps(parts: jax.Array, time: int) -> jax.Array:
     return parts.reshape(*parts.shape[:2], -1, parts.shape[-1])[:, :, :time]
 
 
-def _banded_forward(q_BNTK, k_BNTK, v_BNTK, scale, band):
+def _banded_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale, band):
     cut = _Band.of(q_BNTK.shape, band)
     queries, keys, values = cut.padded(q_BNTK), cut.padded(k_BNTK, cut.back), cut.padded(v_BNTK, cut.back)
+    documents = cut.padded_documents(documents_BT)
 
     def attend(_, step):
         windows = (cut.windows(keys, step), cut.windows(values, step))
-        return None, _attend(cut.blocks(queries, step), *windows, cut.visible(step), scale)
+        return None, _attend(cut.blocks(queries, step), *windows, cut.visible(step, documents), scale)
 
     _, parts = jax.lax.scan(attend, None, jnp.arange(cut.steps))
     out_BNTK, logsumexp_BNT1 = (_join_steps(part, q_BNTK.shape[2]) for part in parts)
-    return _residuals(q_BNTK, k_BNTK, v_BNTK, out_BNTK, logsumexp_BNT1)
+    return _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1)
 
 
 def _banded_backward(scale, band, residuals, dout_BNTK):
-    q_BNTK, k_BNTK, v_BNTK, out_BNTK, logsumexp_BNT1 = residuals
+    q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1 = residuals
     cut, time = _Band.of(q_BNTK.shape, band), q_BNTK.shape[2]
     keys, values = cut.padded(k_BNTK, cut.back), cut.padded(v_BNTK, cut.back)
+    documents = cut.padded_documents(documents_BT)
     of_queries = [cut.padded(array) for array in (q_BNTK, logsumexp_BNT1, _delta(dout_BNTK, out_BNTK), dout_BNTK)]
 
     def gradients(carry, step):
         queries, *blocks = (cut.blocks(array, step) for array in of_queries)
         windows = (cut.windows(keys, step), cut.windows(values, step))
-        dq, *dwindows = _attend_gradients(queries, *windows, cut.visible(step), scale, *blocks)
+        dq, *dwindows = _attend_gradients(queries, *windows, cut.visible(step, documents), scale, *blocks)
         return tuple(cut.add_windows(total, dw, step) for total, dw in zip(carry, dwindows, strict=True)), dq
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(gradients, (zeros, zeros), jnp.arange(cut.steps))
     start = cut.back * cut.size
     gradients = (_join_steps(dq, time), dk[:, :, start : start + time], dv[:, :, start : start + time])
-    return tuple(gradient.astype(q_BNTK.dtype) for gradient in gradients)
+    return (*(gradient.astype(q_BNTK.dtype) for gradient in gradients), None)
 
 
 banded_attention.defvjp(_banded_forward, _banded_backward)

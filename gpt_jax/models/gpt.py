@@ -96,6 +96,7 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         positions: jax.Array | None = None,
         rows: jax.Array | None = None,
+        documents: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """Logits of the token after each position.
 
@@ -106,6 +107,9 @@ class GPT(nn.Module):
             cache). With a cache a negative one marks padding, which no other token sees.
           rows: int [batch], the row of the global batch that each sequence is (default 0, 1, ...): its dropout masks
             depend on that, not on its place in this array.
+          documents: int [batch, time], equal where two tokens of a row are of one document: others do not see each
+            other (default: each row is one document). Not with a cache. `positions` start again by themselves only
+            where they are given so.
 
         Returns:
           logits float32 [batch, time, vocab]; with a cache, `(logits, cache)`.
@@ -114,16 +118,25 @@ class GPT(nn.Module):
           InputError: more tokens than block_size, or than the cache has slots. How far a cache is filled is not known
             while compiling: appending more than fits to a part-filled one gives wrong logits, which the caller avoids.
         """
-        x_BTD, cache = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions, rows), cache)
+        if cache is not None and documents is not None:
+            raise ValueError('apply with a cache takes no documents=: the tokens of a cache are of one document')
+        x_BTD, cache = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions, rows, documents), cache)
         logits_BTV = masked_logits(x_BTD, self._head(), self.config.vocab_size)[..., : self.config.vocab_size]
         return logits_BTV if cache is None else (logits_BTV, cache)
 
-    def token_losses(self, tokens_BT: jax.Array, targets_BT: jax.Array, rows: jax.Array | None = None) -> jax.Array:
-        """Cross-entropy of each target, in nats, float32 [batch, time]; `rows` as above.
+    def token_losses(
+        self,
+        tokens_BT: jax.Array,
+        targets_BT: jax.Array,
+        positions: jax.Array | None = None,
+        rows: jax.Array | None = None,
+        documents: jax.Array | None = None,
+    ) -> jax.Array:
+        """Cross-entropy of each target, in nats, float32 [batch, time]; `positions`, `rows`, `documents` as above.
 
         The full logits are never held: at most one chunk of them (`losses.CHUNK_ELEMENTS`) is.
         """
-        x_BTD, _ = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, None, rows))
+        x_BTD, _ = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions, rows, documents))
         return linear_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype | None = None, undoable: int = 0) -> Cache:
@@ -194,7 +207,7 @@ class GPT(nn.Module):
     def _init_blocks(self, rng: jax.Array) -> Params:
         """Every layer drawn from its own key, whatever the form the layers are run in."""
         block, x_BTD = Block(self.config, parent=None), jnp.zeros((1, 1, self.config.d_model))
-        info = TokenInfo.of(jnp.zeros((1, 1), jnp.int32), None, None)
+        info = TokenInfo.of(jnp.zeros((1, 1), jnp.int32))
         layer_keys = jax.vmap(lambda layer: jax.random.fold_in(rng, layer))(jnp.arange(self.config.n_layer))
         return jax.vmap(lambda key: block.init(key, x_BTD, info)['params'])(layer_keys)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax.data import Prepared, Tokenizer, validation_batches
+from gpt_jax.data import Tokenizer, TrainingData, document_places, validation_batches
 from gpt_jax.models import GPT
 from gpt_jax.training.step import Batch, compiler_options
 
@@ -18,19 +18,44 @@ def evaluate(
     eval_step: Callable[[Any, Batch], dict[str, jax.Array]],
     put_batch: Callable[[dict[str, Any]], Batch],
     params: Any,
-    data: Prepared,
+    data: TrainingData,
     batch_size: int,
     block_size: int,
+    document_separator: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Loss over the whole validation split, each token predicted once within its window.
+    """Loss over the whole validation split of each source, each token predicted once within its window.
 
     Returns:
       `val_loss` in nats a token, `val_perplexity`, and `val_bits_per_byte` of the split's UTF-8 text; None where
-      `should_stop` became true on the way.
+      `should_stop` became true on the way. Of a mixture, these are of text that has each source's tokens by its weight,
+      and `val_loss_NAME` is that of one source.
     """
+    losses, bytes_a_token = {}, {}
+    for name, prepared in data.prepared.items():
+        processes = (jax.process_index(), jax.process_count())
+        batches = validation_batches(prepared.validation, batch_size, block_size, *processes, document_separator)
+        totals = _totals(eval_step, put_batch, params, batches, should_stop)
+        if totals is None:
+            return None
+        # The first token of the split is never predicted.
+        first = data.tokenizer.token_bytes(int(prepared.validation[0]))
+        losses[name] = totals[0] / totals[1]
+        bytes_a_token[name] = max(prepared.validation_bytes - len(first), 1) / totals[1]
+    loss, bytes_ = (
+        sum(float(data.weights[name]) * value for name, value in values.items()) for values in (losses, bytes_a_token)
+    )
+    values = {
+        'val_loss': loss,
+        'val_perplexity': math.exp(min(loss, 700.0)),
+        'val_bits_per_byte': loss / math.log(2) / bytes_,
+    }
+    return values | ({f'val_loss_{name}': value for name, value in losses.items()} if len(losses) > 1 else {})
+
+
+def _totals(eval_step, put_batch, params, batches, should_stop) -> tuple[float, float] | None:
+    """Nats and tokens over all batches, or None where it is to stop."""
     nats, tokens, pending = 0.0, 0.0, None
-    batches = validation_batches(data.validation, batch_size, block_size, jax.process_index(), jax.process_count())
     for batch in batches:
         if should_stop():
             return None
@@ -38,26 +63,27 @@ def evaluate(
         if pending is not None:  # one batch behind, so that the device never waits and never runs far ahead
             nats, tokens = nats + float(pending['loss']), tokens + float(pending['tokens'])
         pending = dispatched
-    nats, tokens = nats + float(pending['loss']), tokens + float(pending['tokens'])
-    # The first token of the split is never predicted.
-    predicted_bytes = data.validation_bytes - len(data.tokenizer.token_bytes(int(data.validation[0])))
-    loss = nats / tokens
-    return {
-        'val_loss': loss,
-        'val_perplexity': math.exp(min(loss, 700.0)),
-        'val_bits_per_byte': nats / math.log(2) / max(predicted_bytes, 1),
-    }
+    return nats + float(pending['loss']), tokens + float(pending['tokens'])
 
 
-def make_teacher_forced_preview(model: GPT, data: Prepared) -> Callable[[Any], dict[str, str]]:
-    """A function of the parameters that shows the start of the validation split beside the model's guesses.
+def make_teacher_forced_preview(
+    model: GPT, data: TrainingData, document_separator: int | None = None
+) -> Callable[[Any], dict[str, str]]:
+    """A function of the parameters that shows the start of the first validation split beside the model's guesses.
 
     At each place the model sees the true text so far; its guess is the likeliest next token.
     """
-    count = min(PREVIEW_TOKENS, model.config.block_size, len(data.validation) - 1)
-    tokens_1T = np.asarray(data.validation[: count + 1], np.int32)[None]
+    validation = next(iter(data.prepared.values())).validation
+    count = min(PREVIEW_TOKENS, model.config.block_size, len(validation) - 1)
+    tokens_1T = np.asarray(validation[: count + 1], np.int32)[None]
+    info = {}
+    if document_separator is not None:
+        info = dict(
+            zip(('positions', 'documents'), document_places(tokens_1T[:, :-1], document_separator), strict=True)
+        )
     guess = jax.jit(
-        lambda params, tokens: model.apply({'params': params}, tokens).argmax(-1), compiler_options=compiler_options()
+        lambda params, tokens: model.apply({'params': params}, tokens, **info).argmax(-1),
+        compiler_options=compiler_options(),
     )
 
     def preview(params: Any) -> dict[str, str]:

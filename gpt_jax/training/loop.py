@@ -14,7 +14,7 @@ from gpt_jax.data import Batches, Tokenizer, prefetch
 from gpt_jax.models import GPT
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.config import RunConfig
-from gpt_jax.training.metrics import MetricsLog, Throughput, model_flops_utilisation, read_rows
+from gpt_jax.training.metrics import MetricsLog, Throughput, Waits, model_flops_utilisation, read_rows
 from gpt_jax.training.milestones import Milestones, Sampler, not_finite
 from gpt_jax.training.progress import Progress, plot_loss
 from gpt_jax.training.setup import Experiment, build, is_first_process
@@ -114,7 +114,7 @@ class _Loop:
             log(f'resuming from step {start}')
         self._log = MetricsLog(experiment.workdir, start) if is_first_process() else None
         self._progress = Progress(start, self._total, is_first_process())
-        self._throughput = Throughput()
+        self._throughput, self._waits = Throughput(), Waits()
         self._milestones = Milestones(experiment, checkpoints, self._total, sample, self._log, self._progress, start)
 
     def run(self) -> TrainResult:
@@ -140,13 +140,14 @@ class _Loop:
     def _steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         e, train = self._experiment, self._experiment.run.train
         rows = (train.batch_size, e.run.model.block_size, train.seed, jax.process_index(), jax.process_count())
-        batches = Batches(e.data.train, *rows)
+        batches = Batches(e.data.train, *rows, e.document_separator)
         train_step = make_train_step(e.model, e.optimizer, e.schedule, e.mesh, train.accumulation_steps, train.seed)
         step, unread = self._start, None
         if step and self._milestones.catch_up(step, state, stop):
             return step, state
         self._throughput.start(step)
-        with contextlib.closing(prefetch(batches, step, self._total, make_put_batch(e.mesh))) as stream:
+        stream = prefetch(batches, step, self._total, make_put_batch(e.mesh), on_wait=self._waits.add)
+        with contextlib.closing(stream):
             for batch in stream:
                 state, metrics = train_step(state, batch)
                 step += 1
@@ -189,6 +190,7 @@ class _Loop:
         rate = self._throughput.lap(step, self._experiment.tokens_per_step)
         row = {'step': step, 'tokens': step * self._experiment.tokens_per_step, **values}
         row |= {'tokens_per_second': rate, 'mfu': model_flops_utilisation(self._experiment.model.config, rate)}
+        row['data_wait_ms'] = self._waits.lap()
         if skipped:
             row['grad_norm'] = None  # JSON has no infinity
         if self._log is not None:

@@ -50,6 +50,22 @@ class Throughput:
         self._started += time.perf_counter() - began
 
 
+class Waits:
+    """How long a loop waited for its batches."""
+
+    def __init__(self):
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Counts a wait."""
+        self._seconds += seconds
+
+    def lap(self) -> float:
+        """Milliseconds waited since the last lap or the start."""
+        seconds, self._seconds = self._seconds, 0.0
+        return 1000 * seconds
+
+
 def read_rows(path: pathlib.Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a metrics.jsonl, up to `last_step`; a line torn by a crash ends them."""
     if not path.exists():

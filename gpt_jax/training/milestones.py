@@ -71,7 +71,9 @@ class Milestones:
         self._eval_batch_size = run.eval.batch_size or run.train.batch_size // run.train.accumulation_steps
         self._eval_step = make_eval_step(experiment.model, experiment.mesh)
         self._put_batch = make_put_batch(experiment.mesh)
-        self._teacher_forced = make_teacher_forced_preview(experiment.model, experiment.data)
+        self._teacher_forced = make_teacher_forced_preview(
+            experiment.model, experiment.data, experiment.document_separator
+        )
         self._description = experiment.describe()
         self._best_loss = checkpoints.best_loss()
         self.val_loss: float | None = None
@@ -114,6 +116,7 @@ class Milestones:
             e.data,
             self._eval_batch_size,
             e.run.model.block_size,
+            e.document_separator,
             should_stop=lambda: alone and stop.signal is not None,
         )
         if values is None:

@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from gpt_jax.data import Prepared, Tokenizer, prepare
+from gpt_jax.data import Tokenizer, TrainingData, prepare_sources
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
 from gpt_jax.parallel import make_mesh
@@ -24,7 +24,7 @@ class Experiment:
     run: RunConfig
     workdir: pathlib.Path
     mesh: Mesh
-    data: Prepared
+    data: TrainingData
     model: GPT
     lengths: Lengths
     schedule: optax.Schedule
@@ -34,6 +34,11 @@ class Experiment:
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step learns from."""
         return self.run.train.batch_size * self.run.model.block_size
+
+    @property
+    def document_separator(self) -> int | None:
+        """The id that documents are told apart by, where they are to be."""
+        return self.data.tokenizer.end_of_text if self.run.data.mask_documents else None
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to use the model, and to know how to go on with the run."""
@@ -61,10 +66,10 @@ def build(run: RunConfig, workdir: pathlib.Path, recorded: dict[str, Any] | None
     """
     mesh = make_mesh(run.mesh)
     check_batch(run, mesh)
-    data = prepare(run.data, log=log)
+    data = prepare_sources(run.data, log=log)
     if recorded is not None:
         _check_same_data(data, recorded, workdir)
-    windows = (len(data.train) - 1) // run.model.block_size
+    windows = sum((len(source.tokens) - 1) // run.model.block_size for source in data.train)
     resolved = lengths(run, windows)
     if recorded is not None:
         # A run whose length is changed keeps the schedule it began with.
@@ -102,7 +107,7 @@ def check_batch(run: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def _check_same_data(data: Prepared, recorded: dict[str, Any], workdir: pathlib.Path) -> None:
+def _check_same_data(data: TrainingData, recorded: dict[str, Any], workdir: pathlib.Path) -> None:
     way_out = 'restore it, or start anew in another --workdir'
     if data.tokenizer.fingerprint != recorded['tokenizer_fingerprint']:
         raise InputError(f'the tokenizer of this config is not the one that {workdir} was trained with; {way_out}')

@@ -39,10 +39,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step (state, batch) -> (state, metrics); the given state is donated.
 
-    The batch holds `tokens` and `targets`, int32 [batch, time]. It is cut into `accumulation_steps` micro-batches whose
-    gradients are added up: the result is that of the whole batch at once, the mean over all tokens. Metrics are
-    float32 scalars `loss` (nats a token), `grad_norm` (before clipping) and `learning_rate`, and with fp16
-    `loss_scale` and `skipped_steps`.
+    The batch holds `tokens` and `targets`, int32 [batch, time], and with a document mask `positions` and `documents`,
+    the same. It is cut into `accumulation_steps` micro-batches whose gradients are added up: the result is that of the
+    whole batch at once, the mean over all tokens. Metrics are float32 scalars `loss` (nats a token), `grad_norm`
+    (before clipping) and `learning_rate`, and with fp16 `loss_scale` and `skipped_steps`.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
 
@@ -69,14 +69,7 @@ def _gradients(model: GPT, state: TrainState, batch: Batch, accumulation_steps: 
     count = batch['tokens'].size
 
     def loss_fn(params: Any, micro_batch: Batch, key: jax.Array) -> jax.Array:
-        losses_BT = model.apply(
-            {'params': params},
-            micro_batch['tokens'],
-            micro_batch['targets'],
-            rows=micro_batch['rows'],
-            method='token_losses',
-            rngs={'dropout': key},
-        )
+        losses_BT = _token_losses(model, params, micro_batch, rngs={'dropout': key})
         # Over the count of the whole batch, so that micro-batches simply add up.
         return jnp.sum(losses_BT) / count
 
@@ -100,6 +93,12 @@ def _gradients(model: GPT, state: TrainState, batch: Batch, accumulation_steps: 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     carry = (jnp.zeros(()), zeros, jnp.array(True), state.loss_scale)
     return jax.lax.scan(accumulate, carry, _micro_batches(batch, accumulation_steps))[0]
+
+
+def _token_losses(model: GPT, params: Any, batch: Batch, **settings: Any) -> jax.Array:
+    """[batch, time], each token seen as the batch says: in its row and document where these are given."""
+    info = {name: batch[name] for name in ('positions', 'rows', 'documents') if name in batch}
+    return model.apply({'params': params}, batch['tokens'], batch['targets'], **info, **settings, method='token_losses')
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -129,12 +128,13 @@ def _apply(optimizer, schedule, state: TrainState, loss, gradients, finite, loss
 def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Any, Batch], dict[str, jax.Array]]:
     """The jitted (params, batch) -> `loss` summed in nats and `tokens` counted, both over weights of 1.
 
-    The batch holds `tokens` and `targets`, int32, and `weights`, float32 0 or 1, all [batch, time].
+    The batch holds `tokens` and `targets`, int32, and `weights`, float32 0 or 1, all [batch, time]; with a document
+    mask `positions` and `documents` as well.
     """
 
     def eval_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         with activate(mesh):
-            losses_BT = model.apply({'params': params}, batch['tokens'], batch['targets'], method='token_losses')
+            losses_BT = _token_losses(model, params, batch)
             return {'loss': jnp.sum(losses_BT * batch['weights']), 'tokens': jnp.sum(batch['weights'])}
 
     return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))

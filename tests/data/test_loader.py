@@ -1,5 +1,7 @@
+import sys
 import threading
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_jax.data import Batches, prefetch, validation_batches
+from gpt_jax.data.mixture import Source
 from gpt_jax.errors import InputError
 
 sizes = settings(max_examples=40, deadline=None)
@@ -77,6 +80,35 @@ def test_order_differs_between_epochs_and_between_seeds():
     assert order(0, 0) != order(1, 0)
 
 
+class Calls:
+    """Counts the Python functions and the array slices that a block of code calls: work, whatever the machine does."""
+
+    def __enter__(self):
+        self.count = 0
+        sys.setprofile(self._count)
+        return self
+
+    def _count(self, frame, event, argument):
+        self.count += event in ('call', 'c_call')
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+
+def test_the_millionth_step_is_as_cheap_as_the_first():
+    sources = [Source(name, tokens_up_to(401), Fraction(weight)) for name, weight in (('a', 7), ('b', 2), ('c', 1))]
+
+    def work(step):
+        with Calls() as calls:
+            Batches(sources, 8, 4, seed=3)[step]
+        return calls.count
+
+    work(0)  # imports
+    # Not equal to the call: which source a row is from takes one halving or two.
+    assert work(10**6) == pytest.approx(work(0), rel=0.02)
+    assert work(10**12) == pytest.approx(work(0), rel=0.02)
+
+
 def test_corpus_of_one_window_is_repeated():
     batch = Batches(tokens_up_to(9), 3, 8, seed=0)[4]
     np.testing.assert_array_equal(batch['tokens'], np.tile(np.arange(8), (3, 1)))
@@ -90,8 +122,14 @@ def test_uint32_tokens_and_memory_maps_are_read(tmp_path):
 
 
 def test_corpus_shorter_than_a_window_is_refused_with_numbers():
-    with pytest.raises(InputError, match=r'^block_size=8: .* take 9 tokens and the split has 8; use'):
+    with pytest.raises(InputError, match=r'^block_size=8: .* take 9 tokens and the training split has 8; use'):
         Batches(tokens_up_to(8), 1, 8, seed=0)
+
+
+def test_source_of_a_mixture_that_is_shorter_than_a_window_is_named():
+    sources = [Source('long', tokens_up_to(100)), Source('short', tokens_up_to(8))]
+    with pytest.raises(InputError, match=r'^block_size=8: .* split of short has 8; use'):
+        Batches(sources, 1, 8, seed=0)
 
 
 @pytest.mark.parametrize('batch_size', [0, 3])
@@ -142,6 +180,50 @@ def test_validation_split_of_one_token_is_refused():
         validation_batches(tokens_up_to(1), 1, 8)
 
 
+def mixed(weights, count=301):
+    """Sources whose tokens tell which source they are from: the n-th has n times 1 000 added to its places."""
+    return [
+        Source(str(n), tokens_up_to(count).astype(np.uint32) + 1000 * n, Fraction(weight))
+        for n, weight in enumerate(weights)
+    ]
+
+
+def test_every_source_of_a_mixture_has_its_share_and_takes_its_windows_once_an_epoch():
+    batches = Batches(mixed(['0.5', '0.3', '0.2']), 10, 4, seed=5)
+    assert batches.windows_per_epoch == 225
+    rows = np.concatenate([batches[step]['tokens'][:, 0] for step in range(75)])
+    for source, share in enumerate((0.5, 0.3, 0.2)):
+        own = rows[rows // 1000 == source] % 1000 // 4
+        assert abs(len(own) - 750 * share) < 2
+        for epoch in range(len(own) // 75):
+            assert sorted(own[75 * epoch : 75 * (epoch + 1)]) == list(range(75))
+
+
+@sizes
+@given(step=st.integers(0, 10**6), process_count=st.sampled_from([1, 2, 3, 6]))
+def test_a_mixture_is_the_same_for_any_number_of_processes(step, process_count):
+    sources = mixed([3, 1, 1])
+    whole = Batches(sources, 6, 4, seed=1)[step]['tokens']
+    parts = [Batches(sources, 6, 4, 1, index, process_count)[step]['tokens'] for index in range(process_count)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_sources_of_equal_length_are_read_in_different_orders():
+    rows = np.concatenate([Batches(mixed([1, 1]), 10, 4, seed=0)[step]['tokens'][:, 0] for step in range(15)])
+    assert (rows[rows < 1000] != rows[rows >= 1000] - 1000).any()
+
+
+def test_batches_and_validation_say_where_documents_are_only_where_asked():
+    tokens = np.array([5, 6, 0, 7, 0, 0, 8, 9, 4], np.uint16)
+    for batch in (Batches(tokens, 2, 8, 0, end_of_text=0)[3], next(validation_batches(tokens, 1, 8, end_of_text=0))):
+        np.testing.assert_array_equal(batch['tokens'][0], [5, 6, 0, 7, 0, 0, 8, 9])
+        np.testing.assert_array_equal(batch['documents'][0], [0, 0, 1, 1, 2, 3, 3, 3])
+        np.testing.assert_array_equal(batch['positions'][0], [0, 1, 0, 1, 0, 0, 1, 2])
+        assert {values.dtype for name, values in batch.items() if name != 'weights'} == {np.dtype(np.int32)}
+    for batch in (Batches(tokens, 2, 8, 0)[3], next(validation_batches(tokens, 1, 8))):
+        assert not {'documents', 'positions'} & set(batch)
+
+
 class Numbers:
     """Batch source whose batch is the step; remembers what was asked for, and by which thread."""
 
@@ -179,6 +261,30 @@ def test_prefetch_works_ahead_by_its_depth_and_no_further():
     time.sleep(0.05)
     assert source.asked == [0, 1, 2, 3]
     batches.close()
+
+
+def test_prefetch_reports_a_wait_only_where_the_batch_was_not_there():
+    may_go, waits = threading.Event(), []
+
+    def to_device(step):
+        if step == 0:
+            may_go.wait(timeout=10)
+        return step
+
+    source = Numbers()
+    batches = prefetch(source, 0, 3, to_device, depth=2, on_wait=waits.append)
+    timer = threading.Timer(0.05, may_go.set)
+    timer.start()
+    assert next(batches) == 0
+    assert len(waits) == 1
+    assert waits[0] > 0.01
+    deadline = time.monotonic() + 10
+    while source.asked != [0, 1, 2] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert next(batches) == 1
+    assert len(waits) == 1
+    batches.close()
+    timer.join()
 
 
 @pytest.mark.parametrize('where', ['batches', 'to_device'])

@@ -61,6 +61,31 @@ def test_literal_end_of_text_is_plain_text_also_after_reloading(small_bpe, tmp_p
         assert tokenizer.end_of_text not in tokenizer.encode_batch(['a<|endoftext|>b'])[0]
 
 
+def test_end_of_text_that_a_file_lists_as_an_ordinary_token_still_never_comes_from_text(small_bpe):
+    content = json.loads(small_bpe.to_json())
+    content['added_tokens'][0]['special'] = False
+    listed = Tokenizer.from_json(json.dumps(content))
+    content['added_tokens'] = []
+    unlisted = Tokenizer.from_json(json.dumps(content))
+    for tokenizer in (listed, unlisted, Tokenizer.from_json(listed.to_json())):
+        assert tokenizer.end_of_text == small_bpe.end_of_text
+        assert tokenizer.end_of_text not in tokenizer.encode('a<|endoftext|>b')
+
+
+def test_special_tokens_of_a_text_are_taken_where_asked(small_bpe):
+    a, b, end = small_bpe.encode('a '), small_bpe.encode(' b'), small_bpe.end_of_text
+    assert small_bpe.encode('a <|endoftext|> b<|endoftext|>', special=True) == [*a, end, *b, end]
+    char = train_char(['ab'])
+    assert char.encode('a<|endoftext|>b', special=True) == [0, char.end_of_text, 1]
+
+
+def test_token_ids_above_int32_are_refused(small_bpe):
+    content = json.loads(small_bpe.to_json())
+    content['model']['vocab']['far away'] = 2**31
+    with pytest.raises(InputError, match='token id 2147483648, above int32'):
+        Tokenizer.from_json(json.dumps(content))
+
+
 def test_end_of_text_token_is_kept_by_decode(small_bpe):
     assert small_bpe.decode([*small_bpe.encode('a'), small_bpe.end_of_text]) == 'a<|endoftext|>'
 

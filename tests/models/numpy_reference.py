@@ -23,24 +23,27 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def causal_weights(q_BNTK, k_BNTK, band=None, scale=None):
+def causal_weights(q_BNTK, k_BNTK, band=None, scale=None, documents_BT=None):
     scale = 1 / np.sqrt(q_BNTK.shape[-1]) if scale is None else scale
     scores_BNTS = np.einsum('bntk,bnsk->bnts', q_BNTK, k_BNTK) * scale
     hidden_TS = np.triu(np.ones(scores_BNTS.shape[-2:], bool), 1)
     if band is not None:
         # Query t sees the keys t - band + 1 ... t.
         hidden_TS |= np.tril(np.ones_like(hidden_TS), -band)
+    if documents_BT is not None:
+        others_BTS = documents_BT[:, :, None] != documents_BT[:, None, :]
+        hidden_TS = hidden_TS | others_BTS[:, None]
     return np.exp(log_softmax(np.where(hidden_TS, -np.inf, scores_BNTS)))
 
 
-def causal_attention(q_BNTK, k_BNTK, v_BNTK, band=None, scale=None):
-    return np.einsum('bnts,bnsk->bntk', causal_weights(q_BNTK, k_BNTK, band, scale), v_BNTK)
+def causal_attention(q_BNTK, k_BNTK, v_BNTK, band=None, scale=None, documents_BT=None):
+    return np.einsum('bnts,bnsk->bntk', causal_weights(q_BNTK, k_BNTK, band, scale, documents_BT), v_BNTK)
 
 
-def causal_attention_gradients(q_BNTK, k_BNTK, v_BNTK, dy_BNTK, band=None, scale=None):
+def causal_attention_gradients(q_BNTK, k_BNTK, v_BNTK, dy_BNTK, band=None, scale=None, documents_BT=None):
     """(dq, dk, dv) by the chain rule through y = w v, w = softmax(s), s = scale q k."""
     scale = 1 / np.sqrt(q_BNTK.shape[-1]) if scale is None else scale
-    w = causal_weights(q_BNTK, k_BNTK, band, scale)
+    w = causal_weights(q_BNTK, k_BNTK, band, scale, documents_BT)
     dw = np.einsum('bntk,bnsk->bnts', dy_BNTK, v_BNTK)
     ds = w * (dw - (w * dw).sum(axis=-1, keepdims=True)) * scale
     dq = np.einsum('bnts,bnsk->bntk', ds, k_BNTK)

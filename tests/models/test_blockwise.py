@@ -20,21 +20,25 @@ def qkv_and_upstream(seed, batch, heads, time, head_dim, dtype=np.float32):
     return tuple(jnp.asarray(rng.standard_normal((batch, heads, time, head_dim)), dtype) for _ in range(4))
 
 
-def attention(q, k, v, band=None, scale=None):
+def attention(q, k, v, band=None, scale=None, documents=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return blockwise_attention(q, k, v, scale) if band is None else banded_attention(q, k, v, scale, band)
+    if band is None:
+        return blockwise_attention(q, k, v, documents, scale)
+    return banded_attention(q, k, v, documents, scale, band)
 
 
-def output_and_gradients(q, k, v, dy, band=None, scale=None):
-    y, gradients = jax.vjp(functools.partial(attention, band=band, scale=scale), q, k, v)
+def output_and_gradients(q, k, v, dy, band=None, scale=None, documents=None):
+    y, gradients = jax.vjp(functools.partial(attention, band=band, scale=scale, documents=documents), q, k, v)
     return y, gradients(dy)
 
 
-def assert_equals_numpy(arrays, atol, band=None, scale=None):
-    y, gradients = quick.jit(functools.partial(output_and_gradients, band=band, scale=scale))(*arrays)
+def assert_equals_numpy(arrays, atol, band=None, scale=None, documents=None):
+    settings = {'band': band, 'scale': scale, 'documents': documents}
+    y, gradients = quick.jit(functools.partial(output_and_gradients, **settings))(*arrays)
     q, k, v, dy = float64(arrays)
-    np.testing.assert_allclose(np.asarray(y, np.float64), causal_attention(q, k, v, band, scale), rtol=0, atol=atol)
-    expected_gradients = causal_attention_gradients(q, k, v, dy, band, scale)
+    expected = causal_attention(q, k, v, band, scale, documents)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0, atol=atol)
+    expected_gradients = causal_attention_gradients(q, k, v, dy, band, scale, documents)
     for name, gradient, expected in zip('qkv', gradients, expected_gradients, strict=True):
         message = f'gradient of {name}'
         np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=0, atol=atol, err_msg=message)
@@ -78,6 +82,17 @@ def test_half_precision_stays_close_and_keeps_its_dtype(dtype, atol):
 @example(batch=1, heads=1, time=30, band=300)
 def test_banded_output_and_gradients_equal_numpy_at_any_length_and_band(batch, heads, time, band):
     assert_equals_numpy(qkv_and_upstream(time, batch, heads, time, 4), 2e-5, band)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(time=st.integers(1, 300), band=st.none() | st.integers(1, 200), seed=st.integers(0, 99))
+@example(time=257, band=None, seed=0)
+@example(time=257, band=130, seed=0)
+@example(time=40, band=5, seed=1)
+def test_documents_are_kept_apart_as_in_numpy(time, band, seed):
+    arrays = qkv_and_upstream(time, 2, 2, time, 4)
+    documents = np.cumsum(np.random.default_rng(seed).random((2, time)) < 0.02, axis=1)
+    assert_equals_numpy(arrays, 3e-5, band, documents=documents)
 
 
 @pytest.mark.parametrize('band', [None, 20])

@@ -58,7 +58,7 @@ def test_a_part_equals_numpy_keeps_the_shape_and_passes_gradients(config, params
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 32), np.float32))
 
     def summed(layer, x):
-        y = module(config).apply({'params': layer}, x, TokenInfo.of(x[..., 0], None, None))
+        y = module(config).apply({'params': layer}, x, TokenInfo.of(x[..., 0]))
         y = y[0] if module is Block else y
         return jnp.sum(weights * y), y
 

@@ -24,7 +24,7 @@ def read_rows(workdir):
 
 def numbers(workdir):
     """The rows without what a clock measured."""
-    timed = ('time', 'tokens_per_second', 'mfu')
+    timed = ('time', 'tokens_per_second', 'mfu', 'data_wait_ms')
     return [{name: value for name, value in row.items() if name not in timed} for row in read_rows(workdir)]
 
 
@@ -53,8 +53,9 @@ def test_rows_have_the_keys_of_the_contract(finished_run):
     validation = [row for row in read_rows(finished_run.workdir) if 'val_loss' in row]
     assert [row['step'] for row in training] == [1, 2, 3, 4, 5, 6]
     assert [row['tokens'] for row in training] == [16 * 32 * step for step in range(1, 7)]
-    names = {'step', 'tokens', 'loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu'}
+    names = {'step', 'tokens', 'loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'data_wait_ms'}
     assert all(names <= set(row) for row in training)
+    assert all(row['data_wait_ms'] >= 0 for row in training)
     assert {row['mfu'] for row in training} == {None}  # the peak of a CPU is not known
     assert [row['step'] for row in validation] == [3, 6]
     assert all({'step', 'val_loss', 'val_bits_per_byte'} <= set(row) for row in validation)
@@ -92,10 +93,10 @@ def test_the_validation_loss_is_that_of_every_token_of_the_split(finished_run, c
 def test_an_evaluation_is_broken_off_where_it_is_asked_to(finished_run):
     batch = {'loss': jnp.ones(()), 'tokens': jnp.ones(())}
     asked = iter([False, False, True])
-    data = types.SimpleNamespace(validation=np.arange(100))
+    data = types.SimpleNamespace(prepared={'a': types.SimpleNamespace(validation=np.arange(100))})
     steps = []
     result = evaluation.evaluate(
-        lambda params, _: steps.append(params) or batch, lambda b: b, 'params', data, 1, 8, lambda: next(asked)
+        lambda params, _: steps.append(params) or batch, lambda b: b, 'params', data, 1, 8, None, lambda: next(asked)
     )
     assert result is None
     assert steps == ['params'] * 2

@@ -11,7 +11,7 @@ from gpt_jax.models import GPTConfig
 from gpt_jax.models.counts import training_flops_per_token as flops_per_token
 from gpt_jax.parallel.devices import Device
 from gpt_jax.training import metrics
-from gpt_jax.training.metrics import MetricsLog, Throughput, model_flops_utilisation, read_rows
+from gpt_jax.training.metrics import MetricsLog, Throughput, Waits, model_flops_utilisation, read_rows
 
 
 def read_tensorboard(workdir):
@@ -93,7 +93,7 @@ def test_tensorboard_holds_every_step_once_also_after_a_resume(tmp_path):
 
 def test_a_run_writes_to_tensorboard_what_it_writes_to_its_rows(finished_run):
     tags = {tag for tag, _, _ in read_tensorboard(finished_run.workdir)}
-    training = {'loss', 'grad_norm', 'learning_rate', 'tokens', 'tokens_per_second'}
+    training = {'loss', 'grad_norm', 'learning_rate', 'tokens', 'tokens_per_second', 'data_wait_ms'}
     validation = {'val_loss', 'val_perplexity', 'val_bits_per_byte'}
     assert tags == {f'train/{name}' for name in training} | {f'validation/{name}' for name in validation}
 
@@ -116,6 +116,15 @@ def test_throughput_counts_the_steps_of_a_lap_and_leaves_other_work_out(monkeypa
         pass
     assert throughput.lap(step=7, tokens_per_step=100) == pytest.approx(100 / (27 - 12 - 5))
     assert throughput.lap(step=11, tokens_per_step=100) == pytest.approx(400 / 4)
+
+
+def test_waits_are_added_up_in_milliseconds_and_begin_anew_with_each_lap():
+    waits = Waits()
+    assert waits.lap() == 0.0
+    waits.add(0.5)
+    waits.add(0.25)
+    assert waits.lap() == 750.0
+    assert waits.lap() == 0.0
 
 
 def test_a_lap_that_no_clock_can_measure_is_finite(monkeypatch):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt_jax.data.documents import document_places
 from gpt_jax.training.step import CPU_OPTIONS, compiler_options, make_eval_step, make_put_batch
 
 
@@ -45,6 +46,27 @@ def test_four_micro_batches_are_one_large_batch(lab, assert_close):
     # Adam's first moment is the clipped gradient times 0.1: it shows what rounding does not turn over. The parameters
     # of a first step do, since Adam divides each gradient by its own size.
     assert_close(state.opt_state[1].mu, expected.opt_state[1].mu, atol=1e-6)
+
+
+def test_documents_of_a_batch_are_kept_apart_on_a_mesh_and_in_micro_batches(lab):
+    one = lab(mesh=(2, 1, 2, 2), accumulation_steps=2)
+    tokens, targets = (np.asarray(one.batch()[name]) for name in ('tokens', 'targets'))
+    positions, documents = document_places(tokens, end_of_text=int(tokens[0, 5]))
+    assert documents.max() > 0
+    batch = {'tokens': tokens, 'targets': targets, 'positions': positions, 'documents': documents}
+    info = {'positions': positions, 'documents': documents}
+    apply = jax.jit(lambda p, **info: one.model.apply({'params': p}, tokens, targets, **info, method='token_losses'))
+    # Larger than a fresh model's, whose attention hardly tells tokens apart.
+    state = one.state().replace(params=jax.tree.map(lambda array: 4 * array, one.state().params))
+    params = jax.device_get(state.params)
+    expected = apply(params, **info).mean().item()
+    assert abs(expected - apply(params).mean().item()) > 1e-3  # the mask matters here
+    put = make_put_batch(one.mesh)
+    weights = {'weights': np.ones(tokens.shape, np.float32)}
+    evaluated = make_eval_step(one.model, one.mesh)(state.params, put(batch | weights))
+    assert evaluated['loss'].item() / tokens.size == pytest.approx(expected, rel=1e-5)
+    _, metrics = one.step(state, put(batch))
+    assert metrics['loss'].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
