@@ -103,7 +103,8 @@ class CausalSelfAttention(nn.Module):
     def _cached(self, q_BNTK, k_BNTK, v_BNTK, layer_cache: tuple, places: cache.Cache, info: TokenInfo) -> jax.Array:
         """Attention over the cache as it was, and over the new tokens.
 
-        Not over the cache as it will be: of several new tokens the first still see what gives way in a band to the last.
+        Not over the cache as it will be: of several new tokens the first still see what gives way in a band to the
+        last.
         """
         before_BS = places['before' if self.band is None else 'band_before']
         parts = (*layer_cache, before_BS), (k_BNTK, v_BNTK, places['shown'])
