@@ -70,8 +70,6 @@ def main() -> None:
         raise InputError('--checkpoint is missing; give the --workdir of a training run')
     cli.check_exclusive('prompt', 'prompt_file', 'interactive')
     cli.check_exclusive('draft_checkpoint', 'prompt_lookup')
-    if FLAGS.debug:
-        _check_debug()
     from gpt_jax import checkpoints, inference
 
     cli.use_compilation_cache()
@@ -107,25 +105,6 @@ def main() -> None:
         inference.converse(write)
     else:
         write(prompts)
-
-
-def _check_debug() -> None:
-    others = (
-        'interactive',
-        'json',
-        'num_samples',
-        'best_of',
-        'stop',
-        'allow_sliding',
-        'draft_checkpoint',
-        'prompt_lookup',
-    )
-    for other in others:
-        cli.check_exclusive('debug', other)
-    if FLAGS.strategy not in ('greedy', 'sample'):
-        raise InputError(f'--debug takes one token after another; --strategy={FLAGS.strategy} does not: use sample')
-    if FLAGS.prompt is None and FLAGS.prompt_file is None:
-        raise InputError('--debug takes commands from standard input; give the text by --prompt or --prompt_file')
 
 
 if __name__ == '__main__':

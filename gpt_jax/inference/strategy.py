@@ -83,6 +83,21 @@ _OWNERS |= {'top_k': ('sample', 'contrastive', 'greedy'), 'penalty_alpha': ('con
 _OWNERS |= dict.fromkeys(('draft_checkpoint', 'draft_tokens', 'prompt_lookup'), ('sample', 'greedy'))
 
 
+# What `debug`, which goes through one text token by token, leaves no room for.
+_NOT_IN_DEBUG = ('interactive', 'json', 'num_samples', 'best_of', 'stop', 'allow_sliding')
+_NOT_IN_DEBUG += ('draft_checkpoint', 'prompt_lookup')
+
+
+def _check_debug(values: Mapping[str, Any], given: Container[str]) -> None:
+    for other in _NOT_IN_DEBUG:
+        if other in given:
+            raise InputError(f'--debug and --{other} exclude each other; give one of them')
+    if values['strategy'] not in ('greedy', 'sample'):
+        raise InputError(f'--debug takes one token after another; --strategy={values["strategy"]} does not: use sample')
+    if values['prompt'] is None and values['prompt_file'] is None:
+        raise InputError('--debug takes commands from standard input; give the text by --prompt or --prompt_file')
+
+
 def make_strategy(values: Mapping[str, Any], given: Container[str] = ()) -> Strategy:
     """The strategy that flags describe.
 
@@ -95,6 +110,8 @@ def make_strategy(values: Mapping[str, Any], given: Container[str] = ()) -> Stra
       InputError: a value is out of range, or one that was asked for does not go with the strategy.
     """
     name = values['strategy']
+    if values.get('debug'):
+        _check_debug(values, given)
     for setting, owners in _OWNERS.items():
         if setting in given and name not in owners:
             raise InputError(
