@@ -56,6 +56,10 @@ flags.DEFINE_integer('num_beam_groups', 1, 'groups of beams that differ from eac
 flags.DEFINE_float('diversity_penalty', 0.0, 'taken off what a group before has chosen')
 # Of contrastive, with top_k candidates (default: 4).
 flags.DEFINE_float('penalty_alpha', 0.6, 'weight of being unlike the text against being likely')
+# Of greedy and sample, for speed.
+flags.DEFINE_string('draft_checkpoint', None, 'a smaller model whose guesses are checked: same texts, sooner')
+flags.DEFINE_integer('prompt_lookup', 0, 'guess what followed the last so many tokens before; 0: do not')
+flags.DEFINE_integer('draft_tokens', 4, 'how many tokens are guessed at a time')
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -65,8 +69,7 @@ def main() -> None:
     if FLAGS.checkpoint is None:
         raise InputError('--checkpoint is missing; give the --workdir of a training run')
     cli.check_exclusive('prompt', 'prompt_file', 'interactive')
-    if FLAGS.debug:
-        _check_debug()
+    cli.check_exclusive('draft_checkpoint', 'prompt_lookup')
     from gpt_jax import checkpoints, inference
 
     cli.use_compilation_cache()
@@ -76,6 +79,7 @@ def main() -> None:
     ready = checkpoints.load_model(FLAGS.checkpoint, FLAGS.step)
     tokenizer, block_size = ready.tokenizer, ready.model.config.block_size
     strategy = strategy.without_words(tokenizer, FLAGS.bad_words)
+    strategy = strategy.with_guesses(tokenizer, FLAGS.draft_tokens, FLAGS.prompt_lookup, FLAGS.draft_checkpoint)
     if FLAGS.debug:
         from gpt_jax.inference import debug
 
@@ -94,20 +98,13 @@ def main() -> None:
         watched = {'steps': 1} if writer.is_watched else {}
         updates = inference.continuations(engine, tokens, strategy, ending, first=first, **watched)
         writer.write(prompts, FLAGS.num_samples, updates)
+        if strategy.guessing is not None:
+            print(strategy.guessing.tally, file=sys.stderr)
 
     if FLAGS.interactive:
         inference.converse(write)
     else:
         write(prompts)
-
-
-def _check_debug() -> None:
-    for other in ('interactive', 'json', 'num_samples', 'best_of', 'stop', 'allow_sliding'):
-        cli.check_exclusive('debug', other)
-    if FLAGS.strategy not in ('greedy', 'sample'):
-        raise InputError(f'--debug takes one token after another; --strategy={FLAGS.strategy} does not: use sample')
-    if FLAGS.prompt is None and FLAGS.prompt_file is None:
-        raise InputError('--debug takes commands from standard input; give the text by --prompt or --prompt_file')
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ from gpt_jax.inference.interactive import converse
 from gpt_jax.inference.prompts import read_prompts
 from gpt_jax.inference.request import Ending, Generation, Request, make_requests
 from gpt_jax.inference.sampling import Sampling, word_ids
+from gpt_jax.inference.speculative import Guessing, grow_by_guesses
 from gpt_jax.inference.stop_strings import StopFilter, StopStrings
 from gpt_jax.inference.strategy import STRATEGIES, Strategy, continuations, make_strategy
 from gpt_jax.inference.text import TextStream, harmless, text_of
@@ -21,6 +22,7 @@ __all__ = [
     'Ending',
     'Engine',
     'Generation',
+    'Guessing',
     'Request',
     'Sampling',
     'Seen',
@@ -36,6 +38,7 @@ __all__ = [
     'converse',
     'generate',
     'grow',
+    'grow_by_guesses',
     'harmless',
     'make_requests',
     'make_strategy',

@@ -76,11 +76,9 @@ def grow(
     The last of a continuation has a `finish_reason`. Index 0 is the first sample of the first prompt, 1 its second.
     `first` is the index of the first prompt as far as draws are concerned. Raises as `generate`, before anything else.
     """
-    requests = make_requests(engine.model.config.block_size, prompts, ending, num_samples)
+    requests = make_requests(engine.model.config.block_size, prompts, ending, num_samples, first)
     if batch_size < 1:
         raise InputError(f'batch_size={batch_size} must be at least 1')
-    if first:
-        requests = [Request(r.prompt, (r.draw[0] + first, r.draw[1])) for r in requests]
 
     def updates():
         for start in range(0, len(requests), batch_size):

@@ -62,7 +62,9 @@ class Request:
     draw: tuple[int, int] = (0, 0)
 
 
-def make_requests(block_size: int, prompts: Sequence[Sequence[int]], ending: Ending, num_samples: int) -> list[Request]:
+def make_requests(
+    block_size: int, prompts: Sequence[Sequence[int]], ending: Ending, num_samples: int, first: int = 0
+) -> list[Request]:
     """What `generate` does, as a list for `stream`; raises InputError as `generate` does."""
     count = ending.max_new_tokens
     for name, value in (('max_new_tokens', count), ('num_samples', num_samples)):
@@ -81,7 +83,7 @@ def make_requests(block_size: int, prompts: Sequence[Sequence[int]], ending: End
                 f'{which}: {len(prompt)} tokens of prompt and max_new_tokens={count} exceed block_size={block_size}; '
                 f'use max_new_tokens={block_size - len(prompt)} or less, or allow_sliding'
             )
-    return [Request(p, (index, sample)) for index, p in enumerate(prompts) for sample in range(num_samples)]
+    return [Request(p, (index, sample)) for index, p in enumerate(prompts, first) for sample in range(num_samples)]
 
 
 def check_ending(ending: Ending, strategy: str) -> None:

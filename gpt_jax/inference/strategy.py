@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gpt_jax.checkpoints import load_model
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.inference.beam import Beams, beam_search
@@ -13,6 +14,7 @@ from gpt_jax.inference.decode import STEPS_AT_A_TIME, grow
 from gpt_jax.inference.engine import Engine
 from gpt_jax.inference.request import Ending, Generation
 from gpt_jax.inference.sampling import Sampling, word_ids
+from gpt_jax.inference.speculative import Guessing, grow_by_guesses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Strategy:
       sampling: how a token is chosen; with another strategy the filters that act in all.
       beams: a beam search, in place of drawing.
       contrastive: a contrastive search, in place of drawing.
+      guessing: guesses that greedy decoding and sampling are sped up by; one text at a time.
       best_of: draws of each prompt, of which the `num_samples` likeliest are kept; 0: all are.
       num_samples: continuations of each prompt.
       seed: of the draws.
@@ -35,6 +38,7 @@ class Strategy:
     sampling: Sampling
     beams: Beams | None = None
     contrastive: Contrastive | None = None
+    guessing: Guessing | None = None
     best_of: int = 0
     num_samples: int = 1
     seed: int = 0
@@ -43,11 +47,30 @@ class Strategy:
     def __post_init__(self):
         if self.contrastive is not None and self.num_samples > 1:
             raise InputError(f'num_samples={self.num_samples} of a contrastive search would all be the same; ask for 1')
+        if self.guessing is not None and self.best_of:
+            raise InputError(f'best_of={self.best_of} does not go with speculative decoding; leave one of them out')
 
     def without_words(self, tokenizer: Tokenizer, words: Sequence[str]) -> 'Strategy':
         """The same, but it never writes these words."""
         sampling = dataclasses.replace(self.sampling, bad_words_ids=word_ids(tokenizer, words))
         return dataclasses.replace(self, sampling=sampling)
+
+    def with_guesses(
+        self, tokenizer: Tokenizer, tokens: int, ngram: int, draft_checkpoint: str | None = None
+    ) -> 'Strategy':
+        """The same by speculative decoding.
+
+        Args:
+          tokenizer: of the model; the draft's has to be the same.
+          tokens, ngram: see `Guessing`; without a draft an `ngram` of 0 leaves guessing out.
+          draft_checkpoint: of a smaller model, or None.
+        """
+        if draft_checkpoint is None:
+            return dataclasses.replace(self, guessing=Guessing(tokens, ngram=ngram)) if ngram else self
+        draft = load_model(draft_checkpoint)
+        if draft.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise InputError(f'{draft_checkpoint} has another tokenizer; use a draft that was trained with the same')
+        return dataclasses.replace(self, guessing=Guessing(tokens, Engine(draft.model, draft.params)))
 
 
 STRATEGIES = ('greedy', 'sample', 'beam', 'contrastive')
@@ -57,6 +80,22 @@ _OWNERS = dict.fromkeys(_DRAWS, ('sample', 'greedy')) | {
     field.name: ('beam',) for field in dataclasses.fields(Beams) if field.name != 'num_return_sequences'
 }
 _OWNERS |= {'top_k': ('sample', 'contrastive', 'greedy'), 'penalty_alpha': ('contrastive',), 'best_of': ('sample',)}
+_OWNERS |= dict.fromkeys(('draft_checkpoint', 'draft_tokens', 'prompt_lookup'), ('sample', 'greedy'))
+
+
+# What `debug`, which goes through one text token by token, leaves no room for.
+_NOT_IN_DEBUG = ('interactive', 'json', 'num_samples', 'best_of', 'stop', 'allow_sliding')
+_NOT_IN_DEBUG += ('draft_checkpoint', 'prompt_lookup')
+
+
+def _check_debug(values: Mapping[str, Any], given: Container[str]) -> None:
+    for other in _NOT_IN_DEBUG:
+        if other in given:
+            raise InputError(f'--debug and --{other} exclude each other; give one of them')
+    if values['strategy'] not in ('greedy', 'sample'):
+        raise InputError(f'--debug takes one token after another; --strategy={values["strategy"]} does not: use sample')
+    if values['prompt'] is None and values['prompt_file'] is None:
+        raise InputError('--debug takes commands from standard input; give the text by --prompt or --prompt_file')
 
 
 def make_strategy(values: Mapping[str, Any], given: Container[str] = ()) -> Strategy:
@@ -71,6 +110,8 @@ def make_strategy(values: Mapping[str, Any], given: Container[str] = ()) -> Stra
       InputError: a value is out of range, or one that was asked for does not go with the strategy.
     """
     name = values['strategy']
+    if values.get('debug'):
+        _check_debug(values, given)
     for setting, owners in _OWNERS.items():
         if setting in given and name not in owners:
             raise InputError(
@@ -122,6 +163,9 @@ def continuations(
     if strategy.contrastive is not None:
         found = contrastive_search(engine, prompts, strategy.contrastive, ending, strategy.sampling, **at_once)
         return _numbered([one] for one in found)
+    if strategy.guessing is not None:
+        settings = {'num_samples': strategy.num_samples, 'seed': strategy.seed, 'first': first, 'rounds': steps}
+        return grow_by_guesses(engine, prompts, strategy.guessing, strategy.sampling, ending, **settings)
     draws = at_once | {'seed': strategy.seed, 'first': first}
     if strategy.best_of:
         kept = {'num_return_sequences': strategy.num_samples}

@@ -22,10 +22,15 @@ QKV_NAME, MLP_NAME = 'qkv', 'mlp_up'
 SAVED_NAMES = (QKV_NAME, blockwise.OUTPUT_NAME, blockwise.LOGSUMEXP_NAME, MLP_NAME)
 
 
+def masked_scores(q_BNTK: jax.Array, k_BNSK: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
+    """scale q k where a query may see a key, in float32: [batch, heads, time, keys]."""
+    scores_BNTS = jnp.einsum('BNTK,BNSK->BNTS', q_BNTK * scale, k_BNSK, preferred_element_type=jnp.float32)
+    return jnp.where(mask_BTS[:, None], scores_BNTS, MASKED)
+
+
 def attention_weights(q_BNTK: jax.Array, k_BNSK: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
     """softmax(scale q k) over the keys a query may see, in float32: [batch, heads, time, keys]."""
-    scores_BNTS = jnp.einsum('BNTK,BNSK->BNTS', q_BNTK * scale, k_BNSK, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, MASKED), axis=-1)
+    return jax.nn.softmax(masked_scores(q_BNTK, k_BNSK, mask_BTS, scale), axis=-1)
 
 
 def visible(queries_BT: jax.Array, keys_BS: jax.Array, band: int | None) -> jax.Array:
@@ -65,17 +70,17 @@ class CausalSelfAttention(nn.Module):
         qkv = Dense((c.d_model, 3, c.n_head, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype, name='qkv')
         qkv_BTCNK = checkpoint_name(qkv(x_BTD), QKV_NAME)
         q_BNTK, k_BNTK, v_BNTK = (constrain(y, 'batch', 'heads', None, 'head_dim') for y in _split_heads(qkv_BTCNK))
-        if layer_cache is None:
-            y_BNTK, updated = self._causal(q_BNTK, k_BNTK, v_BNTK, info), None
-        else:
-            seen, updated = cache.extend(*layer_cache, k_BNTK, v_BNTK, places, self.band is not None)
+        if layer_cache is None or places['empty']:
             # Prompts are padded at their end, so that no token of an empty cache has anything but tokens before it.
-            y_BNTK = (
-                self._causal(q_BNTK, k_BNTK, v_BNTK, info) if places['empty'] else self._cached(q_BNTK, *seen, info)
-            )
+            y_BNTK = self._causal(q_BNTK, k_BNTK, v_BNTK, info)
+        else:
+            y_BNTK = self._cached(q_BNTK, k_BNTK, v_BNTK, layer_cache, places, info)
+            k_BNTK, v_BNTK = _after(y_BNTK, k_BNTK), _after(y_BNTK, v_BNTK)
+        if layer_cache is not None:
+            layer_cache = cache.store(*layer_cache, k_BNTK, v_BNTK, places, self.band is not None)
         y_BTNK = y_BNTK.transpose(0, 2, 1, 3)
         out = Dense((c.n_head, c.head_dim, c.d_model), contract=2, std=residual_std, dtype=c.dtype, name='out')
-        return Dropout(c.resid_dropout)(out(y_BTNK), info.rows_B), updated
+        return Dropout(c.resid_dropout)(out(y_BTNK), info.rows_B), layer_cache
 
     def _causal(self, q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, info: TokenInfo) -> jax.Array:
         c, time = self.config, q_BNTK.shape[2]
@@ -101,14 +106,33 @@ class CausalSelfAttention(nn.Module):
             return blockwise.blockwise_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale)
         return blockwise.banded_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band)
 
-    def _cached(self, q_BNTK, k_BNSK, v_BNSK, positions_BS, info: TokenInfo) -> jax.Array:
-        mask_BTS = visible(info.positions_BT, positions_BS, self.band)
-        weights_BNTS = attention_weights(q_BNTK, k_BNSK, mask_BTS, self.config.scale)
-        # The cache may be narrower than what is computed in.
-        y_BNTK = jnp.einsum(
-            'BNTS,BNSK->BNTK', weights_BNTS.astype(v_BNSK.dtype), v_BNSK, preferred_element_type=q_BNTK.dtype
-        )
-        return y_BNTK
+    def _cached(self, q_BNTK, k_BNTK, v_BNTK, layer_cache: tuple, places: cache.Cache, info: TokenInfo) -> jax.Array:
+        """Attention over the cache as it was, and over the new tokens.
+
+        Not over the cache as it will be: of several new tokens the first still see what gives way in a band to the
+        last.
+        """
+        before_BS = places['before' if self.band is None else 'band_before']
+        parts = (*layer_cache, before_BS), (k_BNTK, v_BNTK, places['shown'])
+        scores = [
+            masked_scores(q_BNTK, k_BNSK, visible(info.positions_BT, positions_BS, self.band), self.config.scale)
+            for k_BNSK, _, positions_BS in parts
+        ]
+        weights_BNTS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+        y_BNTK = 0.0
+        for (_, v_BNSK, _), of_part_BNTS in zip(parts, jnp.split(weights_BNTS, [before_BS.shape[1]], -1), strict=True):
+            # The cache may be narrower than what is computed in.
+            of_part_BNTS = of_part_BNTS.astype(v_BNSK.dtype)
+            y_BNTK += jnp.einsum('BNTS,BNSK->BNTK', of_part_BNTS, v_BNSK, preferred_element_type=jnp.float32)
+        return y_BNTK.astype(q_BNTK.dtype)
+
+
+def _after(y: jax.Array, x: jax.Array) -> jax.Array:
+    """x, which the compiler cannot have before y: the cache is then written to in place, when all have looked at it.
+
+    Without the order between the two the CPU's compiler copies the whole cache for each token.
+    """
+    return x + 0.0 * y.astype(x.dtype)
 
 
 def _split_heads(qkv_BTCNK: jax.Array) -> jax.Array:

@@ -63,52 +63,31 @@ def advance(cache: Cache, positions_BT: jax.Array, empty: bool = False) -> tuple
     `empty` tells that nothing is in the cache yet: `places` says so, and attention need not look into it.
 
     Returns:
-      The bookkeeping of the cache with the tokens in it, all but their keys and values; and what `extend` needs of it.
+      The bookkeeping of the cache with the tokens in it, all but their keys and values; and `places`:
+      where the tokens go, and the positions `before` (of a banded layer `band_before`) of what the cache held so far.
     """
     shown_BT = jnp.where(positions_BT < 0, EMPTY, positions_BT).astype(jnp.int32)
     positions_BS = jax.lax.dynamic_update_slice(cache['positions'], shown_BT, (0, cache['index']))
     after = {'positions': positions_BS, 'index': cache['index'] + positions_BT.shape[1]}
-    places = {'index': cache['index'], 'positions': positions_BS, 'empty': empty}
+    places = {'index': cache['index'], 'before': cache['positions'], 'shown': shown_BT, 'empty': empty}
     if 'band_positions' in cache:
         before_BS = cache['band_positions']
         slots_BT = _band_slots(positions_BT, before_BS.shape[1])
         after['band_positions'] = jax.vmap(_put)(before_BS, slots_BT, shown_BT)
-        places |= {'band_slots': slots_BT, 'band_before': before_BS, 'band_after': after['band_positions']}
-        places['shown'] = shown_BT
+        places |= {'band_slots': slots_BT, 'band_before': before_BS}
     return after, places
 
 
-def extend(
+def store(
     key_BNSK: jax.Array, value_BNSK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, places: Cache, banded: bool
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Adds the keys and values of new tokens to those of one layer.
-
-    Args:
-      key_BNSK, value_BNSK: the layer's own part of the cache.
-      k_BNTK, v_BNTK: keys and values of the new tokens.
-      places: from `advance`.
-      banded: whether the layer is.
-
-    Returns:
-      Keys, values and their positions [batch, slots] for the new tokens to look at; the layer's keys and values after.
-    """
-    if not banded:
-        start = (0, 0, places['index'], 0)
-        stored = tuple(
-            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
-            for old, new in ((key_BNSK, k_BNTK), (value_BNSK, v_BNTK))
-        )
-        return (*stored, places['positions']), stored
-    put = jax.vmap(jax.vmap(_put, in_axes=(0, None, 0)))
-    stored = put(key_BNSK, places['band_slots'], k_BNTK), put(value_BNSK, places['band_slots'], v_BNTK)
-    if k_BNTK.shape[2] == 1:
-        # The token that gives way to the new one is just outside of its band.
-        return (*stored, places['band_after']), stored
-    # Of several new tokens the first still see what gives way to the last.
-    seen = tuple(
-        jnp.concatenate([old, new.astype(old.dtype)], axis=2) for old, new in ((key_BNSK, k_BNTK), (value_BNSK, v_BNTK))
-    )
-    return (*seen, jnp.concatenate([places['band_before'], places['shown']], axis=1)), stored
+) -> tuple[jax.Array, jax.Array]:
+    """One layer's part of the cache with the keys and values of new tokens in it; `places` is from `advance`."""
+    pairs = (key_BNSK, k_BNTK), (value_BNSK, v_BNTK)
+    if banded:
+        put = jax.vmap(jax.vmap(_put, in_axes=(0, None, 0)))
+        return tuple(put(old, places['band_slots'], new) for old, new in pairs)
+    start = (0, 0, places['index'], 0)
+    return tuple(jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start) for old, new in pairs)
 
 
 def truncate(cache: Cache, lengths_B: jax.Array) -> Cache:

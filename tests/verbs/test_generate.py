@@ -1,9 +1,19 @@
+import contextlib
 import json
+import os
+import pathlib
+import pty
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from gpt_jax.data.tokenizer import train_char
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -54,6 +64,88 @@ def test_json_is_one_object_a_sample_with_the_keys_of_the_contract(verb, checkpo
     assert rows(verb('generate', checkpoint, *arguments, '--seed=1')[1]) != samples
     (alone,) = rows(verb('generate', checkpoint, *arguments[:2], '--json')[1])
     assert alone['tokens'] == samples[0]['tokens']
+
+
+def test_lines_of_a_file_or_of_standard_input_are_prompts(verb, process, checkpoint, tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_text('the fox\na\n', encoding='utf-8')
+    arguments = (checkpoint, '--max_new_tokens=6', '--json', '--num_samples=2')
+    found = rows(verb('generate', *arguments, f'--prompt_file={path}')[1])
+    assert [row['prompt'] for row in found] == ['the fox'] * 2 + ['a'] * 2
+    assert rows(process('generate', *arguments, stdin='the fox\na\n').stdout) == found
+    whole = rows(verb('generate', *arguments, f'--prompt_file={path}', '--noprompt_lines')[1])
+    assert [row['prompt'] for row in whole] == ['the fox\na'] * 2
+
+
+def test_draws_do_not_depend_on_how_they_are_batched(verb, checkpoint, tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_text('the fox\na\nquick brown\n', encoding='utf-8')
+    arguments = (checkpoint, '--max_new_tokens=6', '--json', '--num_samples=2', f'--prompt_file={path}')
+    found = [rows(verb('generate', *arguments, f'--batch_size={size}')[1]) for size in (1, 4, 8)]
+    for others in found[1:]:
+        assert [row['tokens'] for row in others] == [row['tokens'] for row in found[0]]
+
+
+def test_a_loop_of_prompts_continues_each_by_itself(process, checkpoint, tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_text('the fox\na\n', encoding='utf-8')
+    arguments = (checkpoint, '--max_new_tokens=6')
+    asked = process('generate', *arguments, '--interactive', stdin='the fox\na\n' + 'a' * 40 + '\n')
+    given = process('generate', *arguments, f'--prompt_file={path}')
+    assert asked.returncode == 0
+    # One that is too long is said to be, and the loop goes on.
+    assert re.fullmatch(r'error: the prompt has 40 tokens .*\n', asked.stderr)
+    assert asked.stdout == re.sub('--- prompt . of 2 ---\n', '', given.stdout)
+
+
+def test_text_ends_before_a_stop_string(verb, checkpoint):
+    arguments = (checkpoint, '--prompt=the ', '--strategy=greedy', '--max_new_tokens=20', '--json')
+    (whole,) = rows(verb('generate', *arguments)[1])
+    stop = whole['text'][3:5]
+    (row,) = rows(verb('generate', *arguments, f'--stop={stop}', '--stop=never there')[1])
+    assert row['text'] == whole['text'][: whole['text'].index(stop)]
+    assert row['finish_reason'] == 'stop'
+
+
+def test_a_text_may_outgrow_the_context_where_that_is_allowed(verb, checkpoint):
+    arguments = (checkpoint, '--prompt=' + 'the fox ' * 6, '--max_new_tokens=50', '--allow_sliding', '--json')
+    (row,) = rows(verb('generate', *arguments)[1])
+    assert len(row['tokens']) == 50 or row['finish_reason'] == 'stop'
+
+
+@pytest.mark.parametrize('guesses', ['--prompt_lookup=1', '--draft_checkpoint'])
+def test_guesses_change_nothing_but_are_counted(verb, checkpoint, guesses):
+    if guesses == '--draft_checkpoint':
+        guesses = checkpoint.replace('--checkpoint', guesses)
+    arguments = ('generate', checkpoint, '--prompt=the ', '--strategy=greedy', '--max_new_tokens=20')
+    _, expected, _ = verb(*arguments)
+    status, output, errors = verb(*arguments, guesses)
+    assert (status, output) == (0, expected)
+    assert re.fullmatch(r'\d+ of \d+ guessed tokens were accepted \(\d+\.\d%\)\n', errors)
+
+
+def test_a_terminal_sees_tokens_as_they_come_and_is_left_on_a_new_line(checkpoint):
+    # Over a pseudo-terminal, and interrupted by Ctrl-C as soon as something is shown.
+    command = [sys.executable, '-m', 'gpt_jax.generate', checkpoint, '--prompt=a\x1b[1m', '--max_new_tokens=100000']
+    leader, follower = pty.openpty()
+    environment = os.environ | {'XLA_FLAGS': ''}
+    process = subprocess.Popen(
+        [*command, '--allow_sliding'], cwd=ROOT, env=environment, stdout=follower, stderr=subprocess.PIPE, text=True
+    )
+    os.close(follower)
+    shown = b''
+    while len(shown) < 20:
+        shown += os.read(leader, 1000)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+        while piece := os.read(leader, 1000):
+            shown += piece
+    os.close(leader)
+    assert process.returncode == 130
+    assert errors.count('\n') == 1
+    assert shown.startswith(b'a\\x1b[1m')
+    assert shown.endswith(b'\r\n')
 
 
 def test_several_samples_have_a_heading_each(verb, checkpoint):
@@ -111,6 +203,12 @@ def test_a_step_is_named_by_its_flag(verb, refused, checkpoint, finished_run):
         (['--prompt=a', '--top_k=few'], 'few'),
         (['--prompt=a', '--strategy=best'], 'best'),
         (['--prompt=a', '--tempature=1'], "Unknown command line flag 'tempature'"),
+        (['--prompt=a', '--batch_size=0'], 'batch_size=0 must be at least 1'),
+        (['--prompt=a', '--strategy=beam', '--top_p=0.5'], '--top_p=0.5 does not go with --strategy=beam'),
+        (['--prompt=a', '--num_beams=2'], '--num_beams=2 does not go with --strategy=sample'),
+        (['--prompt=a', '--interactive'], '--prompt and --interactive exclude each other'),
+        (['--prompt=a', '--stop='], "stop='' is in every text"),
+        (['--prompt_file=/none.txt'], '--prompt_file=/none.txt cannot be read'),
         (['a prompt'], "unexpected argument 'a prompt'"),
     ],
 )
