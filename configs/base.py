@@ -4,7 +4,8 @@
 
 "Unset" keys are placeholders. Those marked (recipe) are filled in by the recipe of `model.version`
 (gpt_jax/training/recipe_values.py gives each value's source). The command line wins over the config file, and the
-config file over the recipe. Lengths are given in steps, tokens or epochs: one of the three.
+config file over the recipe. With `train.init_from` the unset keys of the architecture are those of its weights.
+Lengths are given in steps, tokens or epochs: one of the three.
 """
 
 import ml_collections
@@ -22,17 +23,18 @@ def get_config() -> ml_collections.ConfigDict:
             'n_layer': placeholder(int),  # unset: the preset's
             'n_head': placeholder(int),  # unset: the preset's
             'd_model': placeholder(int),  # unset: the preset's
-            'mlp_expansion': 4,  # the MLP's width as a multiple of d_model
+            'mlp_expansion': placeholder(int),  # the MLP's width as a multiple of d_model; unset: 4
             'dropout': placeholder(float),  # the four rates below, where they are unset (recipe)
             'embedding_dropout': placeholder(float),  # on token + position embeddings
             'attention_dropout': placeholder(float),  # on the attention probabilities
             'mlp_dropout': placeholder(float),  # on the MLP's output
             'resid_dropout': placeholder(float),  # on the attention's output
             'attention_pattern': placeholder(str),  # 'dense', or 'alternating' with banded layers (recipe)
-            'band_size': 256,  # tokens that a banded layer's query sees, itself among them; assumed: no paper gives it
-            'qkv_bias': True,  # of the projections to query, key and value
+            'band_size': placeholder(int),  # tokens that a banded layer's query sees; unset: 256, which no paper gives
+            'qkv_bias': placeholder(bool),  # of the projections to query, key and value; unset: True
             'attention_scale': placeholder(float),  # on query x key; unset: 1 / sqrt(head width)
-            'tie_embeddings': True,  # the output head is the token embedding
+            'tie_embeddings': placeholder(bool),  # the output head is the token embedding; unset: True
+            'layer_norm_epsilon': placeholder(float),  # added to the variance; unset: 1e-5
             'remat': 'none',  # kept for the backward pass: 'none' all, 'dots' and 'names' some, 'full' layer inputs
             'scan_layers': False,  # one compiled block for all layers: compiles sooner, for deep models
         },
@@ -45,7 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
             'validation_fraction': placeholder(float),  # held out, by the hash of a document; unset: the corpus's own
             'invalid_bytes': 'refuse',  # or 'replace': by U+FFFD, counted; what is no UTF-8
             'streaming': False,  # read the hub's files over the network, keeping none of them
-            'tokenizer': 'bpe',  # 'bpe' (trained on the corpus), 'char', 'gpt2', or a folder with GPT-2's files
+            # 'bpe' (trained on the corpus), 'char', 'gpt2', or a folder with GPT-2's files
+            'tokenizer': placeholder(str),  # unset: that of train.init_from, else 'bpe'
             'vocab_size': 4096,  # of a tokenizer that is trained
             'num_workers': placeholder(int),  # processes that prepare a large corpus; unset: one for each core
             'mask_documents': False,  # tokens see their own document alone; positions start again in each
@@ -69,6 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
             'final_fraction': placeholder(float),  # of the peak: the floor that the cosine ends on (recipe)
         },
         'train': {
+            'init_from': placeholder(str),  # a checkpoint or Hugging Face directory to take the first weights from
             'steps': placeholder(int),  # the run's length: exactly one of these three
             'tokens': placeholder(int),  # the same in tokens
             'epochs': placeholder(float),  # the same in epochs of the training split

@@ -30,13 +30,20 @@ def main() -> int:
         for line in inspect(INSPECT.value):
             print(line)
         return 0
-    settings = cli.read_config(CONFIG).data.to_dict()
+    config = cli.read_config(CONFIG)
+    settings, tokenizer = config.data.to_dict(), None
+    if config.train.init_from is not None:
+        from gpt_jax.training.init_from import Source
+
+        tokenizer = Source.find(config.train.init_from).tokenizer
+        settings['tokenizer'] = settings['tokenizer'] or tokenizer.kind
     if NUM_WORKERS.value is not None:
         settings['num_workers'] = NUM_WORKERS.value
     piece = _piece(PIECE.value)
     from gpt_jax.data import DataConfig, prepare_sources_piece
 
-    data = prepare_sources_piece(DataConfig(**settings), piece)
+    given = {key: value for key, value in settings.items() if value is not None}
+    data = prepare_sources_piece(DataConfig(**given), piece, tokenizer)
     for source in data.prepared.values() if data is not None else ():
         print(f'done: {source.folder}')
     return 0

@@ -66,6 +66,26 @@ def tiny_config(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def tiny_gpt2(corpus, tmp_path_factory):
+    """A Hugging Face directory: a GPT-2 of random weights whose epsilon is not the usual one, with a BPE tokenizer."""
+    import jax
+    import numpy as np
+
+    from gpt_jax.data.tokenizer import train_bpe
+    from gpt_jax.models import GPTConfig, huggingface
+
+    folder = tmp_path_factory.mktemp('hub') / 'gpt2'
+    tokenizer = train_bpe([corpus.read_text(encoding='utf-8')], 300)
+    config = GPTConfig(tokenizer.vocab_size, 32, n_layer=2, n_head=2, d_model=32, layer_norm_epsilon=1e-2)
+    rng = np.random.default_rng(0)
+    shapes = huggingface.parameter_shapes(config)
+    params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), shapes)
+    huggingface.save(folder, config, params)
+    tokenizer.save(folder / 'tokenizer.json')
+    return folder
+
+
+@pytest.fixture(scope='session')
 def finished_run(tiny_config, tmp_path_factory):
     """The tiny experiment, run to its end once: what `train` returned. Read it; copy it before changing it."""
     from gpt_jax.inference import sample_text

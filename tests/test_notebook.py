@@ -1,5 +1,6 @@
 """Each notebook runs from its first cell to its last, and is stored without outputs."""
 
+import json
 import pathlib
 
 import nbformat
@@ -9,13 +10,28 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COLAB = ROOT / 'colab'
 
-# In place of the cell tagged 'parameters': the same names, for a run of seconds on a small text.
-SMALL = """
+# In place of the cells tagged 'parameters': the same names, for runs of seconds on a small text.
+QUICKSTART = """
 from configs import smoke
 
 config = smoke.get_config()
 config.data.update(path={corpus!r}, tokenizer='char', cache_dir={cache!r})
 config.eval.batch_size = 16
+workdir = {workdir!r}
+prompt = 'the '
+"""
+
+
+FINETUNE = """
+from configs import finetune_gpt2
+
+config = finetune_gpt2.get_config()
+config.train.update(steps=4, batch_size=8, accumulation_steps=1)
+config.eval.update(every_steps=2, batch_size=16)
+config.optimizer.learning_rate = 1e-2
+config.data.cache_dir = {cache!r}
+weights = {weights!r}
+corpus = {corpus!r}
 workdir = {workdir!r}
 prompt = 'the '
 """
@@ -47,6 +63,10 @@ def execute(tmp_path, monkeypatch):
     return run
 
 
+def output_of(cells):
+    return ''.join(output.get('text', '') for cell in cells for output in cell.get('outputs', ()))
+
+
 def pictures(notebook):
     outputs = [output for cell in notebook.cells for output in cell.get('outputs', ()) if 'data' in output]
     assert all('image/png' in output.data for output in outputs)
@@ -56,7 +76,7 @@ def pictures(notebook):
 @pytest.mark.slow
 def test_quickstart_trains_plots_and_writes(execute, corpus, tmp_path):
     workdir = tmp_path / 'run'
-    small = SMALL.format(corpus=str(corpus), cache=str(tmp_path / 'data'), workdir=str(workdir))
+    small = QUICKSTART.format(corpus=str(corpus), cache=str(tmp_path / 'data'), workdir=str(workdir))
     notebook = execute('quickstart.ipynb', small)
     assert 'done: 20 steps' in ''.join(output.get('text', '') for output in notebook.cells[6].outputs)
     assert (workdir / 'loss.png').is_file()
@@ -78,6 +98,24 @@ def test_generate_writes_with_each_strategy_and_draws_what_the_model_thought(exe
     for cell, count in (('write', 6), ('temperature', 4)):
         assert written[cell].count('\nthe quick') == written[cell].count('--- ') == count
     assert len(pictures(notebook)) == 4
+
+
+@pytest.mark.slow
+def test_a_tiny_gpt2_is_fine_tuned_and_writes_before_and_after(execute, tiny_gpt2, corpus, tmp_path):
+    folders = {'cache': str(tmp_path / 'data'), 'workdir': str(tmp_path / 'run')}
+    notebook = execute('finetune.ipynb', FINETUNE.format(weights=str(tiny_gpt2), corpus=str(corpus), **folders))
+    printed = output_of(notebook.cells)
+    assert len(pictures(notebook)) == 1
+    assert f'weights: {tiny_gpt2} (a Hugging Face directory)' in printed
+    assert 'step 0/4  validation loss' in printed
+    assert 'done: 4 steps' in printed
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    losses = [row['val_loss'] for row in rows if 'val_loss' in row]
+    assert losses[-1] < losses[0]
+    before, after = output_of([notebook.cells[-1]]).removeprefix('--- before ---\n').split('--- after ---\n')
+    assert before.startswith('the ')
+    assert after.startswith('the ')
+    assert before.strip() != after.strip()
 
 
 @pytest.mark.parametrize('path', sorted(COLAB.glob('*.ipynb')), ids=lambda path: path.name)

@@ -16,7 +16,8 @@ A Hugging Face directory of GPT-2 or GPT-Neo is loaded as one, too, and either i
 from gpt_jax.checkpoints.exchange import export_huggingface, import_huggingface
 from gpt_jax.checkpoints.language_model import LanguageModel, load_model
 from gpt_jax.checkpoints.manager import Checkpoints
-from gpt_jax.checkpoints.resolve import Loaded, Resolved, load, resolve
+from gpt_jax.checkpoints.resolve import Loaded, Resolved, fingerprint, load, read_meta, resolve
+from gpt_jax.checkpoints.steps import latest_meta
 
 __all__ = [
     'Checkpoints',
@@ -24,8 +25,11 @@ __all__ = [
     'Loaded',
     'Resolved',
     'export_huggingface',
+    'fingerprint',
     'import_huggingface',
+    'latest_meta',
     'load',
     'load_model',
+    'read_meta',
     'resolve',
 ]

@@ -4,6 +4,7 @@ Reading never writes: it works on a read-only folder, beside a running training,
 """
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -84,6 +85,21 @@ def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
     return Resolved(folder / str(step), step, _workdir(folder))
 
 
+def read_meta(found: Resolved) -> dict[str, Any]:
+    """What a checkpoint says of itself: `Loaded.meta`, without its parameters. Raises InputError as `load`."""
+    return foreign.read_meta(found.folder) if found.huggingface else steps.read_meta(found.folder)
+
+
+def fingerprint(found: Resolved) -> str:
+    """A hex sha256: of a checkpoint's manifest, which has that of every file, or of a directory's safetensors."""
+    files = sorted(found.folder.glob('*.safetensors')) if found.huggingface else [found.folder / manifest.NAME]
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open('rb') as file:
+            digest.update(hashlib.file_digest(file, 'sha256').digest())
+    return digest.hexdigest()
+
+
 def load(
     path: str | os.PathLike,
     step: int | None = None,
@@ -99,7 +115,7 @@ def load(
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(trees.default_device())
     if found.huggingface:
-        meta = foreign.read_meta(found.folder)
+        meta = read_meta(found)
         return Loaded(foreign.read_params(found.folder, sharding), meta, found.step, found.folder)
     manifest.verify(found.folder, lambda name: not name.startswith('optimizer/'), way_out=steps.way_out(found.folder))
     abstract = trees.stored(found.folder, 'params')

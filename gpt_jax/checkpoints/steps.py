@@ -31,6 +31,12 @@ def read_meta(step_folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((step_folder / META_FILE).read_bytes())
 
 
+def latest_meta(folder: pathlib.Path) -> dict[str, Any] | None:
+    """`read_meta` of the highest finished step under `folder`; None where there is none. Raises InputError as it."""
+    there = finished(folder)
+    return read_meta(folder / str(there[-1])) if there else None
+
+
 def val_losses(folder: pathlib.Path) -> dict[int, float]:
     """Validation loss of every finished step that has one. Raises InputError as `read_meta`."""
     losses = {step: read_meta(folder / str(step))['val_loss'] for step in finished(folder)}

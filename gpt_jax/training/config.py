@@ -8,6 +8,7 @@ from gpt_jax.data import DataConfig
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPTConfig
 from gpt_jax.parallel import MeshConfig
+from gpt_jax.training.init_from import Source
 from gpt_jax.training.recipe import LENGTHS, fill
 
 # On resume these may differ: where and how often things happen, and how long the run is. Nothing here changes a step.
@@ -48,6 +49,7 @@ class ModelSettings:
     qkv_bias: bool
     attention_scale: float | None
     tie_embeddings: bool
+    layer_norm_epsilon: float
     remat: str
     scan_layers: bool
 
@@ -81,6 +83,7 @@ class ScheduleConfig:
 class TrainConfig:
     """Section `train`."""
 
+    init_from: str | None
     steps: int | None
     tokens: int | None
     epochs: float | None
@@ -141,11 +144,14 @@ class RunConfig:
     preview: PreviewConfig
 
     @classmethod
-    def resolve(cls, config: 'Mapping[str, Any] | RunConfig') -> Self:
+    def resolve(cls, config: 'Mapping[str, Any] | RunConfig', recorded: Mapping[str, Any] | None = None) -> Self:
         """Fills the unset keys of a ConfigDict (or nested dict, or a RunConfig) from its recipe, and checks it.
 
+        With `train.init_from` the architecture is that of the source, which is read here (see `Source.find`, which
+        takes `recorded`).
+
         Raises:
-          InputError: a key is missing, unknown or out of range, or two keys contradict each other.
+          InputError: a key is missing, unknown or out of range, two keys contradict each other, or the source.
         """
         if isinstance(config, RunConfig):
             return config
@@ -154,7 +160,8 @@ class RunConfig:
         _check_keys('', config, types)
         for section, section_type in types.items():
             _check_keys(f'{section}.', config[section], {f.name: f for f in dataclasses.fields(section_type)})
-        settings = fill(config)
+        path = config['train']['init_from']
+        settings = fill(config, None if path is None else Source.find(path, recorded))
         for section, key in (('model', k) for k in ('block_size', 'n_layer', 'n_head', 'd_model')):
             if settings[section][key] is None:
                 raise InputError(f'{section}.{key} is unset: give it, or a model.preset')

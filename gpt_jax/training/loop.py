@@ -9,16 +9,17 @@ from typing import Any
 
 import jax
 
-from gpt_jax.checkpoints import Checkpoints
+from gpt_jax.checkpoints import Checkpoints, latest_meta
 from gpt_jax.data import Batches, Tokenizer, prefetch
 from gpt_jax.models import GPT
+from gpt_jax.parallel import tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.config import RunConfig
 from gpt_jax.training.metrics import MetricsLog, Throughput, Waits, model_flops_utilisation, read_rows
 from gpt_jax.training.milestones import Milestones, Sampler, not_finite
 from gpt_jax.training.progress import Progress, plot_loss
 from gpt_jax.training.setup import Experiment, build, is_first_process
-from gpt_jax.training.state import TrainState, abstract_state, init_state
+from gpt_jax.training.state import TrainState, abstract_state, init_state, start_state
 from gpt_jax.training.step import make_put_batch, make_train_step
 from gpt_jax.training.stopping import StopRequest
 
@@ -60,23 +61,39 @@ def train(
     Raises:
       InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
     """
-    run = RunConfig.resolve(config)
     workdir = pathlib.Path(workdir).expanduser()
+    recorded = latest_meta(workdir / 'checkpoints')
+    start = recorded['step'] if recorded else 0
+    run = RunConfig.resolve(config, recorded)
     workdirs.check(workdir, run)
     log = print if is_first_process() else (lambda _: None)
     with Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        recorded = checkpoints.read_meta(start) if start else None
         experiment = build(run, workdir, recorded, log)
         if _finished(experiment, start):
             log(f'finished already, at step {start}; nothing to do. {_how_to_generate(workdir)}')
             val_loss = recorded.get('val_loss')
             return TrainResult(workdir, start, None, val_loss, None, experiment.model, experiment.data.tokenizer)
+        state = _first_state(experiment, checkpoints, start, log)
         if is_first_process():
             workdir.mkdir(parents=True, exist_ok=True)
             workdirs.write_config(workdir, run)
             experiment.data.tokenizer.save(workdir / 'tokenizer.json')
-        return _Loop(experiment, checkpoints, start, sample, log).run()
+        return _Loop(experiment, checkpoints, start, sample, log).run(state)
+
+
+def _first_state(
+    experiment: Experiment, checkpoints: Checkpoints, start: int, log: Callable[[str], None]
+) -> TrainState:
+    """The state after step `start`: restored, or before the first one drawn or taken from another's weights."""
+    e = experiment
+    if not start and e.source is None:
+        return init_state(e.model, e.optimizer, e.mesh, e.run.train.seed)
+    if not start:
+        params = e.source.load(e.run.model.block_size, lambda tree: tree_shardings(e.mesh, tree, tree), log)
+        return start_state(e.model, e.optimizer, e.mesh, params)
+    abstract = abstract_state(e.model, e.optimizer, e.mesh)
+    params, optimizer, _ = checkpoints.restore(start, abstract.params, abstract.optimizer)
+    return TrainState.join(params, optimizer)
 
 
 def _finished(experiment: Experiment, start: int) -> bool:
@@ -112,30 +129,22 @@ class _Loop:
         )
         if start:
             log(f'resuming from step {start}')
-        self._log = MetricsLog(experiment.workdir, start) if is_first_process() else None
+        self._log = MetricsLog(experiment.workdir, start or workdirs.NOTHING) if is_first_process() else None
         self._progress = Progress(start, self._total, is_first_process())
         self._throughput, self._waits = Throughput(), Waits()
         self._milestones = Milestones(experiment, checkpoints, self._total, sample, self._log, self._progress, start)
 
-    def run(self) -> TrainResult:
-        """All steps that are left, and what is due between and after them."""
+    def run(self, state: TrainState) -> TrainResult:
+        """All steps that are left, and what is due before, between and after them."""
         e = self._experiment
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             stop = stack.enter_context(StopRequest())
-            step, state = self._steps(self._initial_state(), stop)
+            step, state = self._steps(state, stop)
             self._checkpoints.wait()
         self._say_how_it_ended(step, stop.signal)
         val_loss = self._milestones.val_loss
         return TrainResult(e.workdir, step, self._loss, val_loss, state.params, e.model, e.data.tokenizer, stop.signal)
-
-    def _initial_state(self) -> TrainState:
-        e = self._experiment
-        if not self._start:
-            return init_state(e.model, e.optimizer, e.mesh, e.run.train.seed)
-        abstract = abstract_state(e.model, e.optimizer, e.mesh)
-        params, optimizer, _ = self._checkpoints.restore(self._start, abstract.params, abstract.optimizer)
-        return TrainState.join(params, optimizer)
 
     def _steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         e, train = self._experiment, self._experiment.run.train
@@ -144,6 +153,8 @@ class _Loop:
         train_step = make_train_step(e.model, e.optimizer, e.schedule, e.mesh, train.accumulation_steps, train.seed)
         step, unread = self._start, None
         if step and self._milestones.catch_up(step, state, stop):
+            return step, state
+        if not step and e.source is not None and self._milestones.look_at_start(state, stop):
             return step, state
         self._throughput.start(step)
         stream = prefetch(batches, step, self._total, make_put_batch(e.mesh), on_wait=self._waits.add)
@@ -210,6 +221,9 @@ class _Loop:
     def _say_how_it_ended(self, step: int, signal: int | None) -> None:
         workdir = self._experiment.workdir
         if not is_first_process():
+            return
+        if signal is not None and not step:
+            print('stopped before the first step, so nothing is saved; the same command starts anew', flush=True)
             return
         if signal is not None:
             print(f'stopped and saved at step {step} in {workdir}; the same command goes on from there', flush=True)

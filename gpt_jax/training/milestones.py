@@ -17,7 +17,7 @@ from gpt_jax.training.setup import Experiment, is_first_process
 from gpt_jax.training.state import TrainState
 from gpt_jax.training.step import make_eval_step, make_put_batch
 from gpt_jax.training.stopping import StopRequest
-from gpt_jax.training.workdir import SampleLog
+from gpt_jax.training.workdir import NOTHING, SampleLog
 
 
 class Sampler(Protocol):
@@ -64,7 +64,7 @@ class Milestones:
     ):
         self._experiment, self._checkpoints, self._total = experiment, checkpoints, total
         self._sample, self._log, self._progress = sample, log, progress
-        self._samples = SampleLog(experiment.workdir, start) if is_first_process() else None
+        self._samples = SampleLog(experiment.workdir, start or NOTHING) if is_first_process() else None
         run = experiment.run
         self._every = {'eval': run.eval.every_steps, 'preview': run.preview.every_steps}
         self._every['checkpoint'] = run.checkpoint.every_steps
@@ -87,7 +87,8 @@ class Milestones:
         """Does what is due after `step`, and saves where the run is to stop; returns whether it is."""
         val_loss, improved = None, False
         if self.due(step, 'eval'):
-            val_loss, improved = self._evaluate(step, state, stop)
+            val_loss = self._evaluate(step, state, stop)
+            improved = val_loss is not None and self._is_best(val_loss)
             # An evaluation that was broken off is made up for on resume, so nothing may come after this step.
             stopped = stopped or val_loss is None
         if self.due(step, 'preview') and not (self.due(step, 'eval') and val_loss is None):
@@ -98,6 +99,17 @@ class Milestones:
             self._checkpoints.save(step, state.params, state.optimizer, self._description, val_loss)
         return stopped
 
+    def look_at_start(self, state: TrainState, stop: StopRequest) -> bool:
+        """Shows what the weights of another checkpoint are worth before the first step; returns whether to stop there.
+
+        Their loss is not held against later ones, since they are saved elsewhere already.
+        """
+        if self.due(0, 'eval') and self._evaluate(0, state, stop) is None:
+            return True
+        if self.due(0, 'preview'):
+            self._preview(0, state)
+        return False
+
     def catch_up(self, step: int, state: TrainState, stop: StopRequest) -> bool:
         """Does what a run that was stopped during an evaluation left undone; returns whether to stop again."""
         missing = self.due(step, 'eval') and self._log is not None and step not in self._log.evaluated
@@ -106,7 +118,8 @@ class Milestones:
             return False
         return self.reach(step, state, stop, stopped=False)
 
-    def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> tuple[float | None, bool]:
+    def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> float | None:
+        """The validation loss, logged; None where a signal broke the evaluation off."""
         e = self._experiment
         alone = jax.process_count() == 1
         values = evaluate(
@@ -120,8 +133,13 @@ class Milestones:
             should_stop=lambda: alone and stop.signal is not None,
         )
         if values is None:
-            return None, False
+            return None
         if not math.isfinite(values['val_loss']):
+            if not step:
+                raise InputError(
+                    f'train.init_from={e.run.train.init_from}: its validation loss is not finite; '
+                    'start from another checkpoint'
+                )
             raise not_finite(self._checkpoints, f'validation loss {values["val_loss"]}', step)
         self.val_loss = values['val_loss']
         if self._log is not None:
@@ -130,10 +148,14 @@ class Milestones:
             f'step {step}/{self._total}  validation loss {values["val_loss"]:.4f}  '
             f'perplexity {values["val_perplexity"]:.2f}  {values["val_bits_per_byte"]:.4f} bits per byte'
         )
-        improved = self._best_loss is None or self.val_loss < self._best_loss
-        if improved:
-            self._best_loss = self.val_loss
-        return self.val_loss, improved and e.run.checkpoint.keep_best > 0
+        return self.val_loss
+
+    def _is_best(self, val_loss: float) -> bool:
+        """Whether a checkpoint is to be saved for `val_loss`, which is remembered."""
+        if self._best_loss is not None and val_loss >= self._best_loss:
+            return False
+        self._best_loss = val_loss
+        return self._experiment.run.checkpoint.keep_best > 0
 
     def _preview(self, step: int, state: TrainState) -> None:
         e = self._experiment

@@ -1,9 +1,12 @@
 """How GPT-2 and GPT-3 were trained: the values that fill an experiment's unset keys, and the facts beside them."""
 
+import dataclasses
 from typing import Any
 
+from gpt_jax.data import DataConfig
 from gpt_jax.errors import InputError
-from gpt_jax.models import PRESETS
+from gpt_jax.models import PRESETS, GPTConfig
+from gpt_jax.training.init_from import Source
 from gpt_jax.training.recipe_values import (
     CORRECTIONS,
     GPT2_FACTS,
@@ -105,11 +108,13 @@ def _row(version: str, preset: str | None) -> tuple[Size, str]:
     return GPT3_SIZES[row], TABLE if row == preset else f'assumed: as {row} in {TABLE}'
 
 
-def fill(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`settings` (section -> key -> value, None where unset) with its unset keys filled in from preset and recipe.
+def fill(settings: dict[str, dict[str, Any]], source: Source | None = None) -> dict[str, dict[str, Any]]:
+    """`settings` (section -> key -> value, None where unset) with its unset keys filled in.
+
+    From the preset, the source of the weights, the recipe, and the defaults of GPTConfig and DataConfig, in this order.
 
     Raises:
-      InputError: the model has neither preset nor dimensions, or version or preset is unknown.
+      InputError: version or preset is unknown, or a key contradicts the source.
     """
     settings = {section: dict(values) for section, values in settings.items()}
     model = settings['model']
@@ -119,6 +124,8 @@ def fill(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for key in ('block_size', 'n_layer', 'n_head', 'd_model', 'attention_pattern'):
             if model[key] is None:
                 model[key] = getattr(PRESETS[model['preset']], key)
+    if source is not None:
+        source.fill(settings)
     given = {group for group in LENGTHS if any(settings[group[0]][key] is not None for key in LENGTHS[group])}
     for name, value in recipe(model['version'], model['preset']).items():
         section, key = name.split('.')
@@ -128,4 +135,8 @@ def fill(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for key in ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout'):
         if model[key] is None:
             model[key] = model['dropout']
+    for section, described in (('model', GPTConfig), ('data', DataConfig)):
+        for field in dataclasses.fields(described):
+            if field.default is not dataclasses.MISSING and settings[section].get(field.name, 0) is None:
+                settings[section][field.name] = field.default
     return settings

@@ -14,6 +14,7 @@ from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
 from gpt_jax.parallel import make_mesh
 from gpt_jax.training.config import RunConfig, as_dict
+from gpt_jax.training.init_from import Source
 from gpt_jax.training.optimizer import Lengths, lengths, make_optimizer, make_schedule
 
 
@@ -29,6 +30,7 @@ class Experiment:
     lengths: Lengths
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+    source: Source | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -49,6 +51,7 @@ class Experiment:
             'tokenizer_fingerprint': self.data.tokenizer.fingerprint,
             'data_fingerprint': self.data.fingerprint,
             'lengths': dataclasses.asdict(self.lengths),
+            'init_from': None if self.source is None else self.source.record,
         }
 
 
@@ -66,7 +69,8 @@ def build(run: RunConfig, workdir: pathlib.Path, recorded: dict[str, Any] | None
     """
     mesh = make_mesh(run.mesh)
     check_batch(run, mesh)
-    data = prepare_sources(run.data, log=log)
+    source = None if run.train.init_from is None else Source.find(run.train.init_from, recorded)
+    data = prepare_sources(run.data, tokenizer=None if source is None else source.tokenizer, log=log)
     if recorded is not None:
         _check_same_data(data, recorded, workdir)
     windows = sum((len(source.tokens) - 1) // run.model.block_size for source in data.train)
@@ -86,6 +90,7 @@ def build(run: RunConfig, workdir: pathlib.Path, recorded: dict[str, Any] | None
         lengths=resolved,
         schedule=schedule,
         optimizer=make_optimizer(run.optimizer, schedule),
+        source=source,
     )
 
 

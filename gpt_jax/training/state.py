@@ -50,15 +50,18 @@ class TrainState:
 def _initialiser(model: GPT, optimizer: optax.GradientTransformation, seed: int):
     def init() -> TrainState:
         params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))['params']
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=optimizer.init(params),
-            loss_scale=DynamicScale() if model.config.compute_dtype == 'fp16' else None,
-        )
+        return TrainState.join(params, _before_step_0(model, optimizer, params))
 
     return init
+
+
+def _before_step_0(model: GPT, optimizer: optax.GradientTransformation, params: Any) -> dict[str, Any]:
+    return {
+        'step': jnp.zeros((), jnp.int32),
+        'skipped': jnp.zeros((), jnp.int32),
+        'opt_state': optimizer.init(params),
+        'loss_scale': DynamicScale() if model.config.compute_dtype == 'fp16' else None,
+    }
 
 
 def abstract_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -80,3 +83,10 @@ def init_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh, 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
     with activate(mesh):
         return jax.jit(_initialiser(model, optimizer, seed), out_shardings=shardings)()
+
+
+def start_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any) -> TrainState:
+    """The state before step 0 around given parameters, which lie where `abstract_state` says."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh)).optimizer
+    rest = jax.jit(lambda params: _before_step_0(model, optimizer, params), out_shardings=shardings)(params)
+    return TrainState.join(params, rest)

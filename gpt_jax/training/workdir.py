@@ -8,6 +8,9 @@ from typing import Any
 from gpt_jax.errors import InputError
 from gpt_jax.training.config import RunConfig, as_dict, differing_keys
 
+# In place of the last step to keep in a log: a run without a checkpoint starts anew, and writes of step 0 again.
+NOTHING = -1
+
 
 def check(workdir: pathlib.Path, run: RunConfig) -> None:
     """Lets a run into its folder.

@@ -71,9 +71,11 @@ def test_base_alone_says_what_is_missing():
 
 
 @pytest.mark.parametrize(('name', 'arguments'), EXPERIMENTS, ids=lambda value: ''.join(value) or 'default')
-def test_an_experiment_is_a_small_change_of_base_that_makes_a_run(name, arguments):
+def test_an_experiment_is_a_small_change_of_base_that_makes_a_run(name, arguments, tiny_gpt2):
     config = load(name, *arguments)
     assert keys(config) == keys(load('base'))
+    if config.train.init_from is not None:  # weights that the reader has, and a test has not
+        config.train.init_from = str(tiny_gpt2)
     run = RunConfig.resolve(config)
     # What the data room finds out from the corpus: stands for a vocabulary, and for the windows of an epoch.
     vocab_size = {'gpt2': 50257, 'char': 65, 'bpe': run.data.vocab_size}[run.data.tokenizer]
