@@ -17,7 +17,9 @@ from absl import flags
 from gpt_jax import cli
 from gpt_jax.errors import InputError
 
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'a workdir, or a checkpoints/STEP folder')
+CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None, 'a workdir, a checkpoints/STEP folder, or a Hugging Face directory'
+)
 STEP = flags.DEFINE_integer('step', None, 'which step of the workdir')
 TEXT = flags.DEFINE_string('text', None, 'a UTF-8 text file; -: standard input')
 STRIDE = flags.DEFINE_integer('stride', None, 'tokens from one window to the next (default: half of the context)')
@@ -83,4 +85,4 @@ def _read_text(name: str) -> str:
 
 
 if __name__ == '__main__':
-    cli.run(main, __doc__, ('checkpoint', 'step', 'text', 'stride', 'context', 'batch_size'))
+    cli.run(main, __doc__, cli.own_flags())

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from gpt_jax.checkpoints import export_huggingface
 from gpt_jax.data.tokenizer import train_char
 from gpt_jax.evaluation import model_losses, strided_losses
 
@@ -68,6 +69,17 @@ def test_standard_input_is_the_same_as_a_file(process, checkpoint, text):
     piped, read = process('evaluate', checkpoint, '--text=-', stdin=TEXT), process('evaluate', checkpoint, text)
     assert (piped.returncode, piped.stdout) == (read.returncode, read.stdout)
     assert list(json.loads(piped.stdout)) == KEYS
+
+
+def test_a_hugging_face_directory_is_scored_like_the_checkpoint_it_was_made_from(
+    verb, checkpoint, text, finished_run, tmp_path
+):
+    export_huggingface(finished_run.workdir, tmp_path / 'hf')
+    ours, theirs = (json.loads(verb('evaluate', each, text)[1]) for each in (checkpoint, f'--checkpoint={tmp_path}/hf'))
+    assert theirs.pop('loss') == pytest.approx(ours.pop('loss'), rel=1e-6)
+    for name in ('perplexity', 'bits_per_byte'):
+        assert theirs.pop(name) == pytest.approx(ours.pop(name), rel=1e-5)
+    assert theirs == ours
 
 
 @pytest.mark.parametrize(
