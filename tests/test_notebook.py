@@ -87,6 +87,20 @@ def test_quickstart_trains_plots_and_writes(execute, corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_showcase_prepares_looks_trains_watches_and_writes(execute, corpus, tmp_path):
+    small = QUICKSTART.format(corpus=str(corpus), cache=str(tmp_path / 'data'), workdir=str(tmp_path / 'run'))
+    notebook = execute('training_showcase.ipynb', small)
+    printed = {cell.id: output_of([cell]) for cell in notebook.cells}
+    assert 'tokens: ' in printed['prepare']
+    assert 'every sha256 verified' in printed['inspect']
+    assert 'data: reused from' in printed['train']
+    assert 'done: 20 steps' in printed['train']
+    assert len(pictures(notebook)) == 2
+    assert 'step 20' in printed['previews']
+    assert printed['generate'].count('the ') >= 3
+
+
+@pytest.mark.slow
 def test_generate_writes_with_each_strategy_and_draws_what_the_model_thought(execute, finished_run, monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
     parameters = f"checkpoint, prompt, max_new_tokens = {str(finished_run.workdir)!r}, 'the quick', 5"
