@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import WEB, article_lines, parquet
 from local_hub import Dataset
+from small_datasets import WEB, article_lines, parquet
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILE = 'plain_text/train/0000.parquet'
@@ -54,6 +54,7 @@ def test_wikitext_103_is_whole_articles_with_a_split_of_its_own(run_prepare):
     assert [text.split('\n')[0] for text in result['validation']] == [' = Held out = ']
 
 
+@pytest.mark.slow
 def test_the_documents_are_those_that_load_dataset_reads(environment, run_prepare):
     code = (
         'import json, datasets\n'
@@ -72,26 +73,16 @@ def test_the_documents_are_those_that_load_dataset_reads(environment, run_prepar
         assert ''.join(ours[split]) == ''.join(row or ' \n' for row in rows[1:])
 
 
-def test_streaming_reads_ranges_of_the_text_alone_and_keeps_no_file(hub, run_prepare, tmp_path):
-    hub.datasets['me/large'] = Dataset({'main': {'data/train.parquet': _wide_parquet()}})
-    result = run_prepare('hub:me/large', streaming=True)
-    assert result['train'][:2] == ['text 0', 'text 1']
-    ranges = [range_ for _, range_ in hub.downloads()]
-    assert ranges
-    assert all(ranges)
+def test_streaming_reads_ranges_with_the_text_in_them_and_keeps_no_file(hub, run_prepare, tmp_path):
+    texts = [f'text {n}' for n in range(100)]
+    content = parquet(texts, ballast=500_000)
+    hub.datasets['me/large'] = Dataset({'main': {'data/train.parquet': content}})
+    result = run_prepare('hub:me/large', streaming=True, validation_fraction=0.3)
+    assert sorted(result['train'] + result['validation']) == sorted(texts)
+    ranges = [range_.removeprefix('bytes=').split('-') for _, range_ in hub.downloads()]
+    # Twice: for the tokenizer and for the tokens.
+    assert sum(int(last) - int(first) + 1 for first, last in ranges) < len(content) / 2
     assert not list(tmp_path.glob('hf/hub/datasets--*/snapshots/*/*'))
-
-
-def _wide_parquet():
-    import io
-
-    import pyarrow
-    import pyarrow.parquet
-
-    file = io.BytesIO()
-    texts = [f'text {n}' for n in range(2000)]
-    pyarrow.parquet.write_table(pyarrow.table({'text': texts, 'n': list(range(2000))}), file, row_group_size=100)
-    return file.getvalue()
 
 
 def test_prepared_data_ask_no_hub(hub, run_prepare):
@@ -118,7 +109,7 @@ def test_a_preparation_that_goes_on_stays_at_its_commit(hub, run_prepare, tmp_pa
     assert pinned['fingerprint'] == first['fingerprint']
 
 
-def test_a_hub_that_is_down_is_one_line_within_seconds(hub, run_prepare, tmp_path):
+def test_a_hub_that_is_down_is_one_line_without_waiting_for_it(hub, run_prepare, tmp_path):
     hub.stop()
     result = run_prepare('openwebtext_10k')
     for part in (
@@ -129,7 +120,7 @@ def test_a_hub_that_is_down_is_one_line_within_seconds(hub, run_prepare, tmp_pat
         'data.cache_dir',
     ):
         assert part in line(result)
-    assert result['seconds'] < 15  # five on a machine that is not busy
+    assert result['waited'] == 0
     assert not list(tmp_path.glob('data/*/*.bin'))
 
 
