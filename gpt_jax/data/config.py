@@ -28,8 +28,8 @@ class DataConfig:
     """
 
     corpus: str = 'python_docs'
-    mixture: str | None = None
     path: str | None = None
+    mixture: str | None = None
     column: str = 'text'
     documents: str = 'whole'
     validation_fraction: float | None = None
