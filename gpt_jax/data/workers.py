@@ -1,7 +1,6 @@
 """Many jobs in processes of their own, which stop together: at the first failure, at Ctrl-C, and with their parent."""
 
 import concurrent.futures
-import functools
 import multiprocessing
 import os
 import pathlib
@@ -22,7 +21,9 @@ _worker: dict[str, Any] = {}  # in a worker: its tokenizer, and the event that s
 def worthwhile(jobs: Sequence[Job]) -> int:
     """As many workers as have work: starting one takes a second, and this process encodes on all cores as well."""
     sizes = [job.part.size for job in jobs]
-    return max(1, min(len(os.sched_getaffinity(0)), sum(sizes) // max([WORKER_BYTES, *sizes])))
+    # What this process may use of the machine, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, min(cores, sum(sizes) // max([WORKER_BYTES, *sizes])))
 
 
 def build_parts(
@@ -68,29 +69,28 @@ def _each(
     executor = concurrent.futures.ProcessPoolExecutor(
         min(num_workers, len(jobs)), context, _start, (tokenizer_path, stop)
     )
-    futures, failures, rest = [], [], []
+    futures: dict[concurrent.futures.Future, Job] = {}
+    failed = threading.Event()
 
-    def ended(job: Job, future: concurrent.futures.Future) -> None:
+    def ended(future: concurrent.futures.Future) -> None:
         if future.cancelled():
             return
         if future.exception() is not None:
-            failures.append(future.exception())
+            failed.set()
         elif future.result():
-            done(job)
-        else:
-            rest.append(job)
+            done(futures[future])
 
     try:
         for job in jobs:
             job.corpus.fetch(job.part)  # while the workers are at the parts before
-            futures.append(executor.submit(_run, job, blocking))
-            futures[-1].add_done_callback(functools.partial(ended, job))
-            if failures:
+            if failed.is_set():
                 break
-        concurrent.futures.wait(futures, return_when='FIRST_EXCEPTION')
-        if failures:
-            raise failures[0]
-        return sorted(rest, key=lambda job: job.number)
+            future = executor.submit(_run, job, blocking)
+            futures[future] = job
+            future.add_done_callback(ended)
+        finished, _ = concurrent.futures.wait(futures, return_when='FIRST_EXCEPTION')
+        made = {futures[future].number: future.result() for future in finished}  # raises what a part has raised
+        return [job for job in jobs if not made[job.number]]
     except BrokenProcessPool:
         raise InputError(
             f'data.num_workers={num_workers}: a worker was killed, perhaps for lack of memory; run the command again, '

@@ -20,6 +20,7 @@ from gpt_jax.data import (
     prepare_piece,
     workers,
 )
+from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
 
 # Runs prepare in a process of its own, in parts of two kilobytes; STOP may kill or delay it.
@@ -248,3 +249,15 @@ def test_workers_are_as_many_as_have_work(monkeypatch, n, sizes, expected):
     monkeypatch.setattr(workers.os, 'sched_getaffinity', lambda pid: set(range(n)))
     jobs = [building.Job(pathlib.Path(), None, number, corpus.Part(size=size)) for number, size in enumerate(sizes)]
     assert workers.worthwhile(jobs) == expected
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_in_a_worker_ends_the_preparation_with_its_line(config, tmp_path):
+    path = tmp_path / 'broken.jsonl'
+    path.write_text(''.join(f'{{"text": "Document {n}"}}\n' for n in range(300)) + 'no JSON\n')
+    config = dataclasses.replace(config, path=str(path), num_workers=2)
+    tokenizer = train_char(['a'])  # one that is learned would come to the line before the workers do
+    with pytest.raises(InputError, match=r'broken\.jsonl, line \d+ after byte \d+: not JSON'):
+        prepare(config, tokenizer, log=quiet)
+    (folder,) = pathlib.Path(config.cache_dir).iterdir()
+    assert not (folder / 'manifest.json').exists()
