@@ -7,8 +7,9 @@ import pytest
 
 from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
-from gpt_jax.inference import Ending, Engine, Sampling, generate, loop, sample_text
+from gpt_jax.inference import Ending, Engine, Request, Sampling, generate, loop, sample_text
 from gpt_jax.inference import engine as engines
+from gpt_jax.inference.batch import Batch
 from gpt_jax.models import GPT, GPTConfig
 
 VOCAB, BLOCK = 60, 128
@@ -252,6 +253,17 @@ def test_the_loop_ends_when_every_row_has_ended(monkeypatch, engine, complete):
     monkeypatch.setattr(loop, 'decode', counted)
     complete(PROMPT, 30, GREEDY, end_of_text=end, num_samples=2)
     assert ran == [tokens.index(end)]  # the first token is the prefill's
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+def test_a_step_writes_to_its_cache_in_place(engine, rows):
+    batch = Batch(engine, [Request(PROMPT)] * rows, GREEDY, Ending(20, END), seed=0)
+    batch.advance(1)
+    rules = (END, 20, batch._chain)
+    program = loop.decode.lower(engine.model, None, engine.params, batch._state, 8, *rules).compile().as_text()
+    cache = f'f32[{rows},2,32,16]'
+    assert f'{cache}{{3,2,1,0}} dynamic-update-slice(' in program
+    assert f'{cache}{{3,2,1,0}} copy(' not in program
 
 
 def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(engine, log_probabilities):
