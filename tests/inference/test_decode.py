@@ -7,8 +7,9 @@ import pytest
 
 from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
-from gpt_jax.inference import Ending, Engine, Sampling, generate, loop, sample_text
+from gpt_jax.inference import Ending, Engine, Request, Sampling, generate, loop, sample_text
 from gpt_jax.inference import engine as engines
+from gpt_jax.inference.batch import Batch
 from gpt_jax.models import GPT, GPTConfig
 
 VOCAB, BLOCK = 60, 128
@@ -220,3 +221,58 @@ def test_a_preview_is_the_prompt_and_what_fits_after_its_end(complete, model, pa
     count = min(20, BLOCK - max(len(tokens), 1))
     expected = complete(tokens, count, DRAWN, seed=3)[0].tokens
     assert text == prompt + tokenizer.decode(expected)
+
+
+# Several prompts.
+
+
+def test_prompts_of_different_lengths_continue_as_if_alone(engine):
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, END, length).tolist() for length in (3, 40, 1, 17, 33)]
+    for sampling in (GREEDY, DRAWN):
+        together = generate(engine, prompts, sampling, Ending(12, END), num_samples=2, seed=3)
+        split = generate(engine, prompts, sampling, Ending(12, END), num_samples=2, seed=3, batch_size=3)
+        assert [[r.tokens for r in results] for results in split] == [[r.tokens for r in rs] for rs in together]
+        if sampling is GREEDY:
+            for prompt, results in zip(prompts, together, strict=True):
+                (alone,) = generate(engine, [prompt], sampling, Ending(12, END))[0]
+                assert results[0].tokens == results[1].tokens == alone.tokens
+                np.testing.assert_allclose(results[0].logprobs, alone.logprobs, atol=1e-4)
+
+
+def test_the_loop_ends_when_every_row_has_ended(monkeypatch, engine, complete):
+    tokens = complete(PROMPT, 30, GREEDY)[0].tokens
+    end = next(token for token in tokens if tokens.index(token) >= 3)
+    ran, decode = [], loop.decode
+
+    def counted(*arguments):
+        count, state = decode(*arguments)
+        ran.append(int(count))
+        return count, state
+
+    monkeypatch.setattr(loop, 'decode', counted)
+    complete(PROMPT, 30, GREEDY, end_of_text=end, num_samples=2)
+    assert ran == [tokens.index(end)]  # the first token is the prefill's
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+def test_a_step_writes_to_its_cache_in_place(engine, rows):
+    batch = Batch(engine, [Request(PROMPT)] * rows, GREEDY, Ending(20, END), seed=0)
+    batch.advance(1)
+    rules = (END, 20, batch._chain)
+    program = loop.decode.lower(engine.model, None, engine.params, batch._state, 8, *rules).compile().as_text()
+    cache = f'f32[{rows},2,32,16]'
+    assert f'{cache}{{3,2,1,0}} dynamic-update-slice(' in program
+    assert f'{cache}{{3,2,1,0}} copy(' not in program
+
+
+def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(engine, log_probabilities):
+    prompts = [[1, 2, 3] * 42, [5] * 120, [7] * 20, list(range(END)) * 3]
+    ending = Ending(90, END, allow_sliding=True)
+    for prompt, (result,) in zip(prompts, generate(engine, prompts, GREEDY, ending), strict=True):
+        text, start = list(prompt), 0
+        for _ in range(90):
+            if len(text) - start > BLOCK:
+                start = len(text) - BLOCK // 2
+            text.append(int(log_probabilities(text[start:])[-1].argmax()))
+        assert result.tokens == text[len(prompt) :]
