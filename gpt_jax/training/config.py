@@ -151,7 +151,8 @@ class RunConfig:
         takes `recorded`).
 
         Raises:
-          InputError: a key is missing, unknown or out of range, two keys contradict each other, or the source.
+          InputError: a key is missing, unknown or out of range, two keys contradict each other, or
+            one the source.
         """
         if isinstance(config, RunConfig):
             return config

@@ -215,6 +215,7 @@ def test_a_checkpoint_says_where_its_weights_are_from_and_keeps_their_epsilon(tu
     assert meta['tokenizer_fingerprint'] == Tokenizer.load(tiny_gpt2 / 'tokenizer.json').fingerprint
 
 
+@pytest.mark.slow
 def test_it_resumes_without_its_source_and_ends_with_the_same_bits(
     tune_config, tuned, tiny_gpt2, tmp_path, assert_same_bits
 ):
@@ -232,6 +233,7 @@ def test_it_resumes_without_its_source_and_ends_with_the_same_bits(
     assert f'train.init_from: {source} -> {tiny_gpt2}' in message
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_saves_nothing_and_the_next_run_starts_anew_with_one_adamw_step(
     tune_config, tiny_gpt2, tmp_path, monkeypatch, capfd, assert_close
 ):
@@ -275,6 +277,7 @@ def one_step(config, source, tokenizer):
     return optax.apply_updates(params, updates)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_best_step_of_another_with_a_shorter_context_on_another_mesh(
     tune_config, finished_run, tmp_path, corpus
 ):

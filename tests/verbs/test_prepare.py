@@ -69,3 +69,12 @@ def test_help_is_printed(verb):
     assert status == 0
     assert all(f'--{name}:' in output for name in ('config', 'num_workers', 'piece', 'inspect'))
     assert pathlib.Path('gpt_jax/prepare.py').exists()
+
+
+def test_data_for_fine_tuning_are_cut_by_the_tokenizer_of_the_weights(verb, tiny_gpt2, corpus, tmp_path):
+    keys = {'train.init_from': tiny_gpt2, 'data.path': corpus, 'data.cache_dir': tmp_path}
+    arguments = [f'--config.{key}={value}' for key, value in keys.items()]
+    status, output, _ = verb('prepare', '--config=configs/finetune_gpt2.py', *arguments)
+    assert status == 0
+    folder = pathlib.Path(output.splitlines()[-1].removeprefix('done: '))
+    assert (folder / 'tokenizer.json').read_bytes() == (tiny_gpt2 / 'tokenizer.json').read_bytes()
