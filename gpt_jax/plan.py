@@ -1,6 +1,6 @@
 """Plan a training before it is started: recipe, parameters, arithmetic, memory, time and cost.
 
-    python -m gpt_jax.plan --config=configs/gpt3.py:175b --devices=512 --device_kind='TPU v5p' --config.mesh.fsdp=512
+    python -m gpt_jax.plan --config=configs/gpt3.py:13b --devices=256 --device_kind='TPU v5p' --config.mesh.fsdp=256
 
 Nothing is trained and nothing large is allocated. With --topology=v5p:8x8x8 the real training step is compiled by the
 TPU compiler, without a TPU (pip install -e '.[tpu-aot]'): what it says of memory is no estimate.
