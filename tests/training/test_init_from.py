@@ -252,6 +252,8 @@ def test_a_signal_before_the_first_step_saves_nothing_and_the_next_run_starts_an
     assert 'stopped before the first step, so nothing is saved' in capfd.readouterr().out
     assert not (tmp_path / 'checkpoints').exists()
 
+    # What a run leaves that is killed after its look at the weights.
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "val_loss": 9.0, "time": 0.0}\n', encoding='utf-8')
     result = train(config, tmp_path)
     assert [row['step'] for row in rows(tmp_path)] == [0, 1, 1]
     assert_close(result.params, one_step(config, tiny_gpt2, result.tokenizer), rtol=1e-4, atol=2e-5)
