@@ -33,7 +33,8 @@ def test_greedy_continuations_are_those_of_transformers_token_for_token(make, lo
     peer.generation_config.eos_token_id = None
     config, params = loaded(peer)
     prompt = [5, 17, 200, 31, 2]
-    (ours,) = inference.generate(GPT(config), params, prompt, 19, GREEDY, end_of_text=-1)
+    engine = inference.Engine(GPT(config), params)
+    ((ours,),) = inference.generate(engine, [prompt], GREEDY, inference.Ending(19, end_of_text=-1))
     expected = greedy_in_transformers(peer, prompt, 19)
     assert len(set(expected)) > 3  # not one token over and over
     assert ours.tokens == expected
@@ -102,11 +103,12 @@ def test_a_trained_checkpoint_writes_the_same_greedy_text_in_transformers(finish
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     loaded = checkpoints.load(finished_run.workdir)
-    ours = GPT(GPTConfig(**loaded.meta['model']))
+    engine = inference.Engine(GPT(GPTConfig(**loaded.meta['model'])), loaded.params)
+    ending = inference.Ending(20, finished_run.tokenizer.end_of_text)
     for prompt in ('the quick ', 'café', 'a'):
         ids = finished_run.tokenizer.encode(prompt)
         assert tokenizer(prompt)['input_ids'] == ids
-        (made,) = inference.generate(ours, loaded.params, ids, 20, GREEDY, finished_run.tokenizer.end_of_text)
+        ((made,),) = inference.generate(engine, [ids], GREEDY, ending)
         theirs = greedy_in_transformers(model, ids, 20)
         assert tokenizer.decode(theirs, skip_special_tokens=True) == finished_run.tokenizer.decode(made.tokens)
     print('\nfidelity: | greedy text of a trained checkpoint | transformers, its export | identical | identical |')

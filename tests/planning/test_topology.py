@@ -62,14 +62,15 @@ class TestTpuCompiler:
         config.mesh.update(data=1, fsdp=4)
         return RunConfig.resolve(config)
 
-    def test_what_it_allocates_is_near_the_estimate(self):
+    def test_what_it_allocates_is_not_above_the_estimate_nor_far_below(self):
         run, devices = self.run(), topology.topology_devices('v5e:2x2')
         setup = Setup.of(plans.model_config(run), run.mesh, len(devices), run.train.batch_size, 1)
         compiled = compile_step(lambda: plans.lower_step(run, setup.config, setup.mesh, 1, devices))
         assert compiled.available is None
         assert compiled.needed == compiled.arguments + compiled.outputs + compiled.temporaries
         memory = setup_memory(setup, plans.abstract_state_of(run, setup.config, setup.mesh))
-        assert memory.total == pytest.approx(compiled.needed, rel=0.15)
+        # This compiler plans its buffers more tightly than the estimate, which is held to 15 % of the CPU's alone.
+        assert 1.0 < memory.total / compiled.needed < 1.3
         # Parameters and Adam's moments, split over four, and the batch: exactly what goes in, but for padding.
         assert memory.parameters + memory.optimizer == pytest.approx(compiled.arguments, rel=0.02)
 
