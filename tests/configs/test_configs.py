@@ -41,9 +41,16 @@ def base_keys_with_comments():
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    table = next(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Dict))
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+    def table_of(function):
+        return next(node for node in ast.walk(functions[function]) if isinstance(node, ast.Dict))
+
     found = {}
+    table = table_of('get_config')
     for section, values in zip(table.keys, table.values, strict=True):
+        if isinstance(values, ast.Call):  # a large section is a function of its own
+            values = table_of(values.func.id)
         for key, value in zip(values.keys, values.values, strict=True):
             lines = range(key.lineno, value.end_lineno + 1)
             found[f'{section.value}.{key.value}'] = ' '.join(comments.get(line, '') for line in lines).strip()
