@@ -111,6 +111,7 @@ def test_the_readme_names_every_flag():
     assert set.union(*map(flags_of, VERBS)) - named <= {'num_samples', 'seed'}
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_model_run():
     example = re.search(r'## From Python\n\n```python\n(.*?)```', README, re.DOTALL)[1]
     result = subprocess.run([sys.executable, '-c', example], cwd=ROOT, capture_output=True, text=True, check=True)

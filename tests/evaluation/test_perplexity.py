@@ -203,6 +203,7 @@ def as_gpt2(params, torch):
     return {name: torch.tensor(np.asarray(array)) for name, array in flat.items()}
 
 
+@pytest.mark.slow
 def test_windows_side_by_side_give_the_validation_loss_of_training(finished_run, corpus):
     text = corpus.read_text(encoding='utf-8')
     tokenizer = finished_run.tokenizer

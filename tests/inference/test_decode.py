@@ -226,6 +226,7 @@ def test_a_preview_is_the_prompt_and_what_fits_after_its_end(complete, model, pa
 # Several prompts.
 
 
+@pytest.mark.slow
 def test_prompts_of_different_lengths_continue_as_if_alone(engine):
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, END, length).tolist() for length in (3, 40, 1, 17, 33)]

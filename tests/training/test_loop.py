@@ -141,6 +141,7 @@ def test_a_second_run_says_so_and_changes_nothing(finished_run, tiny_config, cap
     assert result.val_loss == finished_run.val_loss
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_and_keeps_its_schedule(tiny_config, tmp_path):
     train(tiny_config({'train.steps': 3}), tmp_path)
     longer = train(tiny_config({'train.steps': 6}), tmp_path)
@@ -179,6 +180,7 @@ def test_another_corpus_is_refused_and_the_workdir_left_alone(tiny_config, tmp_p
     assert snapshot(tmp_path / 'run') == before
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_on_another_mesh(finished_run, tiny_config, tmp_path):
     def stop(*_, **__):
         signal.raise_signal(signal.SIGTERM)
@@ -291,6 +293,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(tiny_config, 
     assert load(tmp_path).step == 2
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_run_and_another_seed_another(finished_run, tiny_config, tmp_path):
     again = train(tiny_config(), tmp_path / 'again', sample=sample_text)
     assert numbers(again.workdir) == numbers(finished_run.workdir)

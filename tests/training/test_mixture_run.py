@@ -50,6 +50,7 @@ def test_other_weights_or_another_mask_are_refused_by_name_on_resuming(mixed_run
             train(tiny_config(mixture | changes), mixed_run.workdir)
 
 
+@pytest.mark.slow
 def test_the_document_mask_changes_what_a_run_learns_from(tiny_config, tmp_path):
     text = tmp_path / 'blocks.txt'
     text.write_text('\n\n'.join(f'a{n % 7} b{n % 5} c{n % 3}' for n in range(400)))

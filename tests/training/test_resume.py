@@ -19,6 +19,8 @@ import pytest
 
 from gpt_jax.checkpoints import load
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 300
 # Dropout and two micro-batches: every key that is drawn in a step has to come back as well.

@@ -48,6 +48,7 @@ def test_four_micro_batches_are_one_large_batch(lab, assert_close):
     assert_close(state.opt_state[1].mu, expected.opt_state[1].mu, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_documents_of_a_batch_are_kept_apart_on_a_mesh_and_in_micro_batches(lab):
     one = lab(mesh=(2, 1, 2, 2), accumulation_steps=2)
     tokens, targets = (np.asarray(one.batch()[name]) for name in ('tokens', 'targets'))
@@ -93,6 +94,7 @@ def test_parameters_and_moments_are_split_on_fsdp_and_stay_so(lab):
             assert leaf.sharding == parameter.sharding
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_alone(lab):
     def loss(seed, step):
         one = lab(dropout=0.5, accumulation_steps=2, seed=seed)
@@ -116,6 +118,7 @@ def test_micro_batches_draw_masks_of_their_own(lab):
     assert loss(2, 5) != pytest.approx(loss(5, 2), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('mesh', 'accumulation_steps'), [((1, 1, 1, 1), 2), ((8, 1, 1, 1), 1), ((2, 2, 1, 1), 2)])
 def test_dropout_is_the_same_on_any_number_of_devices_and_micro_batches(lab, assert_close, mesh, accumulation_steps):
     state, rows = lab(mesh=mesh, accumulation_steps=accumulation_steps, dropout=0.3).run(2)
@@ -142,6 +145,7 @@ def test_the_given_state_is_donated(lab):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('precision', 'accumulation_steps'), [('bf16', 1), ('fp16', 2)])
 def test_half_precision_is_close_to_f32(lab, precision, accumulation_steps):
     state, rows = lab(precision=precision, accumulation_steps=accumulation_steps).run(10)
