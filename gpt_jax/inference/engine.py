@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.inference.buckets import batch_bucket, bucket
-from gpt_jax.models import GPT, unstack_layers
+from gpt_jax.models import GPT, few_rows, unstack_layers
 from gpt_jax.models.cache import Cache, take_rows, truncate
 from gpt_jax.models.config import COMPUTE_DTYPES
 from gpt_jax.parallel import activate, path_name, tree_shardings
@@ -51,7 +51,7 @@ class Engine:
     """A model with its parameters laid out for decoding.
 
     The layers are unstacked and matrices are held in the compute dtype, once: a loop that cuts or casts them reads more
-    memory for each token than the model has.
+    memory for each token than the model has. On one device kernels are transposed as well (models/few_rows.py).
 
     Attributes:
       model, mesh, cache_dtype: as given.
@@ -156,7 +156,7 @@ def _read(model, mesh, params, seen, tokens_BT) -> tuple[jax.Array, Seen]:
 
 @functools.partial(jax.jit, static_argnames=('model', 'mesh'))
 def _prepare(model: GPT, mesh: Mesh | None, params: Any) -> Any:
-    """Unstacked parameters, matrices in the compute dtype, on the mesh."""
+    """Unstacked parameters, matrices in the compute dtype, on the mesh or transposed."""
 
     def cast(path, leaf):
         # What LayerNorm multiplies by stays float32, as the model has it.
@@ -165,7 +165,7 @@ def _prepare(model: GPT, mesh: Mesh | None, params: Any) -> Any:
 
     unstacked = unstack_layers(jax.tree_util.tree_map_with_path(cast, params))
     if mesh is None:
-        return unstacked
+        return unstacked | {'blocks': few_rows.transpose_kernels(unstacked['blocks'])}
     shardings = tree_shardings(mesh, params, params)
     blocks = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings['blocks'])
     shardings['blocks'] = (blocks,) * model.config.n_layer

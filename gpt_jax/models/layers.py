@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gpt_jax.models import few_rows
 from gpt_jax.parallel import current_mesh
 
 INIT_STD = 0.02  # GPT-2's code, GPT-1 section 4.1
@@ -59,7 +60,7 @@ class Dense(nn.Module):
 
     Not `nn.DenseGeneral`: that one evaluates its initialisers at another rank, which breaks sharding constraints on
     them. Parameters: `kernel` of shape `shape`, and where `use_bias`, `bias` of the shape that is left after the
-    contraction.
+    contraction. In place of `kernel` apply takes a transposed one: see `few_rows.transpose_kernels`.
     """
 
     shape: tuple[int, ...]
@@ -71,16 +72,24 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *shape[:contract]] -> [..., *shape[contract:]], in `dtype`."""
-        out_shape = self.shape[self.contract :]
-        kernel = self.param('kernel', nn.initializers.normal(self.std), self.shape, jnp.float32)
+        in_shape, out_shape = self.shape[: self.contract], self.shape[self.contract :]
+        is_transposed = self.has_variable('params', few_rows.TRANSPOSED)
+        if is_transposed:
+            kernel = self.get_variable('params', few_rows.TRANSPOSED)
+        else:
+            kernel = self.param('kernel', nn.initializers.normal(self.std), self.shape, jnp.float32)
         # A constant zero costs nothing: the compiler leaves the addition out.
         zeros = nn.initializers.zeros
         bias = self.param('bias', zeros, out_shape, jnp.float32) if self.use_bias else jnp.zeros(out_shape)
         batch_shape = x.shape[: x.ndim - self.contract]
         # One plain matrix product: several output dimensions in the dot itself make slower code on CPU.
-        x = x.astype(self.dtype).reshape(*batch_shape, math.prod(self.shape[: self.contract]))
-        kernel = kernel.astype(self.dtype).reshape(-1, math.prod(out_shape))
-        return affine(x, kernel, bias.astype(self.dtype).reshape(-1)).reshape(*batch_shape, *out_shape)
+        x = x.astype(self.dtype).reshape(*batch_shape, math.prod(in_shape))
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype).reshape(-1)
+        if is_transposed:
+            y = few_rows.multiply(x, kernel.reshape(bias.size, -1)) + bias
+        else:
+            y = affine(x, kernel.reshape(-1, bias.size), bias)
+        return y.reshape(*batch_shape, *out_shape)
 
 
 class Dropout(nn.Module):
