@@ -1,6 +1,9 @@
 """The section `data` of an experiment: what to train on, and how its text is read."""
 
 import dataclasses
+import pathlib
+
+import platformdirs
 
 from gpt_jax.errors import InputError
 
@@ -40,6 +43,11 @@ class DataConfig:
     num_workers: int | None = None
     mask_documents: bool = False
     cache_dir: str | None = None
+
+    @property
+    def cache(self) -> pathlib.Path:
+        """The folder where prepared data is kept."""
+        return pathlib.Path(self.cache_dir or pathlib.Path(platformdirs.user_cache_dir('gpt_jax'), 'data')).expanduser()
 
     def check(self) -> None:
         """Raises InputError on a value that is none of those above."""

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpt_jax.data import corpus as corpora
+from gpt_jax.data import digests
 from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, split_of
 from gpt_jax.data.encoding import safe_end
@@ -49,6 +50,7 @@ class LocalCorpus(Corpus):
       column: of the last two: where the text is.
       fraction: share of the documents that is held out; of 'whole', of the characters.
       replaces: whether invalid UTF-8 is replaced.
+      cache: the folder that remembers the files' sums.
     """
 
     paths: tuple[pathlib.Path, ...]
@@ -56,6 +58,7 @@ class LocalCorpus(Corpus):
     column: str
     fraction: float
     replaces: bool
+    cache: pathlib.Path
     name: str = 'text'
 
     @property
@@ -121,13 +124,7 @@ class LocalCorpus(Corpus):
 
     @functools.cached_property
     def _files(self) -> list[dict[str, Any]]:
-        files = []
-        for path in self.paths:
-            digest, size = hashlib.sha256(), 0
-            for data in _blocks(path):
-                digest.update(data)
-                size += len(data)
-            files.append({'path': str(path), 'bytes': size, 'sha256': digest.hexdigest()})
+        files = digests.describe(self.paths, self.cache)
         if not any(file['bytes'] for file in files):
             raise InputError(f'data.path={self.paths[0]}: the file is empty; name one with text in it')
         return files
@@ -196,8 +193,8 @@ def load(config: DataConfig) -> LocalCorpus:
         raise InputError(f'data.path={config.path}: matches files of several kinds; name one kind, such as *.jsonl')
     kind = kinds.pop()
     fraction = config.validation_fraction or (TEXT_FRACTION if kind == 'whole' else DOCUMENTS_FRACTION)
-    corpus = LocalCorpus(tuple(paths), kind, config.column, fraction, config.invalid_bytes == 'replace')
-    corpus.source()  # reads the files once: those that cannot be read are refused here
+    corpus = LocalCorpus(tuple(paths), kind, config.column, fraction, config.invalid_bytes == 'replace', config.cache)
+    corpus.source()  # files that cannot be read are refused here
     return corpus
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import platformdirs
 import tqdm
 
 from gpt_jax.data import corpora, manifest
@@ -80,7 +79,7 @@ def prepare_piece(
     """
     config.check()
     corpus = corpora.load(config)
-    cache = cache_folder(config)
+    cache = config.cache
     folder, tokenizer = _choose(cache, corpus, config, tokenizer)
     if manifest.complete(folder):
         prepared = _open(folder, corpus, log)
@@ -119,11 +118,6 @@ def _choose(
 
 def _folder(cache: pathlib.Path, corpus: Corpus, tokenizer: str) -> pathlib.Path:
     return cache / f'{corpus.name}-{digest(corpus.key, tokenizer)[:16]}'
-
-
-def cache_folder(config: DataConfig) -> pathlib.Path:
-    """Where prepared data is kept."""
-    return pathlib.Path(config.cache_dir or pathlib.Path(platformdirs.user_cache_dir('gpt_jax'), 'data')).expanduser()
 
 
 @contextlib.contextmanager

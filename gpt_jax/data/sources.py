@@ -102,7 +102,7 @@ def _shared_tokenizer(
     loaded = {name: corpora.load(source) for name, source in configs.items()}
     kind = f'bpe-{config.vocab_size}' if config.tokenizer == 'bpe' else 'char'
     parts = (f'{corpus.key} {weights[name]}' for name, corpus in loaded.items())
-    cache = pipeline.cache_folder(config)
+    cache = config.cache
     folder = cache / f'mixture-{digest(kind, *parts)[:16]}'
     with pipeline.writing(cache):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)

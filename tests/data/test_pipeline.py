@@ -4,9 +4,10 @@ import os
 import time
 
 import numpy as np
+import platformdirs
 import pytest
 
-from gpt_jax.data import DataConfig, Tokenizer, corpora, pipeline, prepare, python_docs
+from gpt_jax.data import DataConfig, Tokenizer, corpora, prepare, python_docs
 from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
 
@@ -193,6 +194,6 @@ def test_cache_that_cannot_be_written_is_refused_by_key(config):
 
 
 def test_default_cache_is_in_the_users_cache_folder(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline.platformdirs, 'user_cache_dir', lambda name: str(tmp_path / name))
+    monkeypatch.setattr(platformdirs, 'user_cache_dir', lambda name: str(tmp_path / name))
     prepared = prepare(dataclasses.replace(config, cache_dir=None), log=quiet)
     assert prepared.folder.parent == tmp_path / 'gpt_jax' / 'data'
