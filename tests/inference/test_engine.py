@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.inference import Ending, Engine, Sampling, generate
+from gpt_jax.inference import (
+    Beams,
+    Contrastive,
+    Ending,
+    Engine,
+    Sampling,
+    beam_search,
+    contrastive_search,
+    generate,
+)
 from gpt_jax.inference.buckets import batch_bucket, bucket
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import MeshConfig, make_mesh
@@ -123,6 +132,23 @@ def test_a_mesh_continues_as_one_device_does(model, params, engine, texts):
         alone, together = (generate(e, prompts, sampling, Ending(10, -1)) for e in (engine, spread))
         assert [r.tokens for (r,) in together] == [r.tokens for (r,) in alone]
         np.testing.assert_allclose([r.logprobs for (r,) in together], [r.logprobs for (r,) in alone], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_mesh_searches_as_one_device_does(model, params, engine, texts):
+    prompts = [text[:length] for text, length in zip(texts, LENGTHS, strict=True)]
+    spread = Engine(model, params, mesh=make_mesh(MeshConfig(data=2, fsdp=4)))
+
+    def found(engine):
+        for beams in (Beams(3), Beams(4, num_beam_groups=2, diversity_penalty=0.5)):
+            for (result,) in beam_search(engine, prompts, beams, Ending(8, -1)):
+                yield result.tokens, result.score
+        for result in contrastive_search(engine, prompts, Contrastive(), Ending(8, -1)):
+            yield result.tokens, sum(result.logprobs)
+
+    for alone, together in zip(found(engine), found(spread), strict=True):
+        assert together[0] == alone[0]
+        assert together[1] == pytest.approx(alone[1], rel=1e-4)
 
 
 def test_buckets_are_few_and_waste_little():
