@@ -15,7 +15,7 @@ LONGEST_WORD = 1000
 BATCH_CHARACTERS = 2**22
 # GPT-2's pre-tokenizer cuts between any other character and a space that follows it, whatever stands around them.
 _WORD_END = re.compile(r'\S(?=\s)')
-_ENDLESS_WORD = re.compile(rf'\S{{{LONGEST_WORD}}}')
+_ENDLESS_WORD = re.compile(rf'(\S{{{LONGEST_WORD}}})\S+')
 
 
 def up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
@@ -44,9 +44,13 @@ def pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def break_words(text: str) -> str:
-    """`text` with a space in words of more than 1000 characters: BPE learns from one in the square of its length."""
-    return _ENDLESS_WORD.sub(r'\g<0> ', text)
+def shorten_words(text: str) -> str:
+    """`text` with the first 1000 characters of words longer than that.
+
+    BPE learns from a word in the square of its length, and holds some 50 bytes for each character of different ones: of
+    hundreds of megabytes without a space, gigabytes.
+    """
+    return _ENDLESS_WORD.sub(r'\1', text)
 
 
 def safe_end(text: str) -> int:
@@ -62,9 +66,11 @@ def token_chunks(tokenizer: Tokenizer, passages: Iterable[Passage]) -> Iterator[
     batch: list[Passage] = []
     characters = 0
     for passage in passages:
-        parts = list(pieces(passage.text)) or ['']
-        for number, piece in enumerate(parts, start=1):
-            batch.append(Passage(passage.split, piece, passage.ends_document and number == len(parts)))
+        left = len(passage.text)
+        # One by one: all pieces of a document together would take its memory once more.
+        for piece in pieces(passage.text) if left else ('',):
+            left -= len(piece)
+            batch.append(Passage(passage.split, piece, passage.ends_document and left == 0))
             characters += len(piece)
             if characters >= BATCH_CHARACTERS:
                 yield from _encode(tokenizer, batch)

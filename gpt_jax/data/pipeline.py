@@ -16,7 +16,7 @@ from gpt_jax.data import tokenizer as tokenizers
 from gpt_jax.data.building import PARTS, Job, lock, read_report
 from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import SPLITS, Corpus, empty_split
-from gpt_jax.data.encoding import break_words, pieces, up_to
+from gpt_jax.data.encoding import pieces, shorten_words, up_to
 from gpt_jax.data.files import replacing
 from gpt_jax.data.manifest import SOURCE, TOKENIZER, digest
 from gpt_jax.data.shards import Tokens
@@ -180,7 +180,7 @@ def sample(corpus: Corpus) -> Iterator[str]:
     chosen = parts if len(parts) <= TOKENIZER_PARTS else spread
     empty = True
     for part in chosen:
-        texts = (break_words(piece) for text in corpus.texts(part, 'train') for piece in pieces(text))
+        texts = (shorten_words(piece) for text in corpus.texts(part, 'train') for piece in pieces(text))
         for text in up_to(TOKENIZER_TEXT_LIMIT // len(chosen), texts):
             empty = False
             yield text
