@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gpt_jax.parallel import on_one_device
+
 # In place of a Dense's `kernel`: the same matrix as [*out, *in].
 TRANSPOSED = 'kernel_transposed'
 # Beyond that many rows a plain product is as fast.
@@ -37,7 +39,7 @@ def transpose_kernels(blocks: tuple[Any, ...]) -> tuple[Any, ...]:
 def multiply(x: jax.Array, matrix_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """x @ matrix.T: [..., in], [out, in] -> [..., out]; `dtype` is that of the sums and the result, by default x's."""
     rows = x.size // x.shape[-1]
-    if jax.default_backend() != 'cpu' or rows > FEW:
+    if rows > FEW or jax.default_backend() != 'cpu' or not on_one_device():
         return jnp.einsum('...i,oi->...o', x, matrix_OI, preferred_element_type=dtype)
     # As a stack of one matrix: of a plain product with so few rows the compiler makes slow loops.
     y = jnp.einsum('ri,soi->sro', x.reshape(rows, -1), matrix_OI[None], preferred_element_type=dtype)

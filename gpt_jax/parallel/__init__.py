@@ -9,6 +9,7 @@ from gpt_jax.parallel.mesh import (
     current_mesh,
     make_abstract_mesh,
     make_mesh,
+    on_one_device,
 )
 from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
 
@@ -22,6 +23,7 @@ __all__ = [
     'current_mesh',
     'make_abstract_mesh',
     'make_mesh',
+    'on_one_device',
     'parameter_spec',
     'path_name',
     'replicated',

@@ -100,6 +100,12 @@ def current_mesh() -> Mesh | None:
     return _active_mesh.get()
 
 
+def on_one_device() -> bool:
+    """Whether no mesh is active, or one of a single device: no dimension is split."""
+    mesh = current_mesh()
+    return mesh is None or mesh.size == 1
+
+
 def logical_spec(*names: str | None) -> PartitionSpec:
     """The mesh axes of logically named dimensions; a name that is not in `LOGICAL_AXES` raises KeyError."""
     return PartitionSpec(*(None if name is None else LOGICAL_AXES[name] for name in names))
