@@ -270,8 +270,21 @@ def _running(path: pathlib.Path, part: Part, decoder: Decoder) -> Iterator[Passa
 
 def _parted(texts: Iterator[str]) -> Iterator[str]:
     """The blocks between blank lines, without the line ends around them."""
-    rest = ''
+    held, spaces = [], ''  # of a block that goes on: its stretches, and what may be the beginning of a blank line
     for text in texts:
-        *blocks, rest = re.split(BLANK_LINES, rest + text)
-        yield from (block.strip('\r\n') for block in blocks)
-    yield rest.strip('\r\n')
+        text = spaces + text
+        body = text.rstrip(' \t\r\n')
+        spaces = text[len(body) :]
+        *ends, rest = re.split(BLANK_LINES, body)
+        for end in ends:
+            yield _joined(held, end)
+        held.append(rest)
+    yield _joined(held, spaces)
+
+
+def _joined(held: list[str], end: str) -> str:
+    """One block, of which nothing is held any more: a long one is not there twice."""
+    held.append(end)
+    block = ''.join(held)
+    held.clear()
+    return block.strip('\r\n')

@@ -1,5 +1,7 @@
 import gzip
+import itertools
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -132,6 +134,14 @@ def test_the_share_that_is_held_out_and_the_column_can_be_chosen(tmp_path):
     assert 40 < len(found['validation']) < 80
     (tmp_path / 'b.txt').write_text('0123456789')
     assert splits(load(tmp_path / 'b.txt', validation_fraction=0.4))[0]['validation'] == ['6789']
+
+
+@given(text=st.text('ab \n\t\r', max_size=60), cuts=st.lists(st.integers(0, 60), max_size=6))
+def test_blocks_do_not_depend_on_where_reading_stops(text, cuts):
+    edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
+    stretches = [text[start:stop] for start, stop in itertools.pairwise(edges)]
+    expected = [block.strip('\r\n') for block in re.split(r'\n[ \t\r\n]*\n', text)]
+    assert [block for block in local._parted(iter(stretches)) if block] == [block for block in expected if block]
 
 
 @pytest.mark.parametrize('documents', ['whole', 'file', 'block'])
