@@ -279,7 +279,10 @@ def _parted(texts: Iterator[str]) -> Iterator[str]:
         for end in ends:
             yield _joined(held, end)
         held.append(rest)
-    yield _joined(held, spaces)
+    # What is left holds nothing but spaces, blank lines perhaps among them.
+    end, *blank = re.split(BLANK_LINES, spaces)
+    yield _joined(held, end)
+    yield from (block.strip('\r\n') for block in blank)
 
 
 def _joined(held: list[str], end: str) -> str:
