@@ -1,10 +1,11 @@
 """What preparing a large text takes: memory of all processes together, and speed; and opening many shards.
 
-    python benchmarks/prepare.py [--gigabytes=1.0] [--workers=2] [--suite]
+    python benchmarks/prepare.py [--gigabytes=1.0] [--workers=2] [--text=documents|line|solid] [--suite]
 
 The text is made here: lines of the Python documentation in random order, with words that occur once, as documents of
-some kilobytes. Memory is the sum of the processes' resident sizes, sampled ten times a second; pages that they share
-count several times. Levels: memory < 1.5 GB for a text of 1 GB; 1 000 shards open in < 1 s.
+some kilobytes; with --text=line one running line, with --text=solid one document without a space. Memory is the sum of
+the processes' resident sizes, sampled ten times a second; pages that they share count several times. Levels: memory <
+1.5 GB for a text of 1 GB; 1 000 shards open in < 1 s.
 """
 
 import argparse
@@ -34,6 +35,16 @@ def write_text(path: pathlib.Path, size: int) -> None:
         while file.tell() < size:
             chosen = rng.choices(lines, k=rng.randint(5, 200))
             file.write('\n'.join(chosen) + f'\n{rng.getrandbits(64):x}\n\n')
+
+
+def write_line(path: pathlib.Path, size: int, gap: str) -> None:
+    """Words of the documentation in random order with `gap` between them, after 300 short documents."""
+    rng = random.Random(0)
+    words = ' '.join(python_docs.documents()).split()
+    with open(path, 'w', encoding='utf-8') as file:
+        file.writelines(f'a short document, number {number}\n\n' for number in range(300))
+        while file.tell() < size:
+            file.write(gap.join(rng.choices(words, k=20_000)) + gap)
 
 
 def measure(command: list[str]) -> tuple[float, float]:
@@ -71,13 +82,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--gigabytes', type=float, default=1.0)
     parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--text', choices=('documents', 'line', 'solid'), default='documents')
     parser.add_argument('--suite', action='store_true', help='exit 1 where a level is missed')
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get('TMPDIR')) as folder:
         folder = pathlib.Path(folder)
-        write_text(folder / 'text.txt', int(arguments.gigabytes * 1e9))
+        path, size = folder / 'text.txt', int(arguments.gigabytes * 1e9)
+        if arguments.text == 'documents':
+            write_text(path, size)
+        else:
+            write_line(path, size, ' ' if arguments.text == 'line' else '')
+        documents = 'whole' if arguments.text == 'line' else 'block'
         command = [sys.executable, '-m', 'gpt_jax.prepare', '--config=configs/base.py']
-        command += [f'--config.data.path={folder / "text.txt"}', '--config.data.documents=block']
+        command += [f'--config.data.path={path}', f'--config.data.documents={documents}']
         command += [f'--config.data.cache_dir={folder / "data"}', f'--num_workers={arguments.workers}']
         seconds, most = measure(command)
         (manifest,) = (folder / 'data').glob('*/manifest.json')

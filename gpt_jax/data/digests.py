@@ -13,7 +13,6 @@ from gpt_jax.errors import InputError
 
 MEMORY = 'files.json'  # in the cache folder: path -> [size, time of change, sha256]
 LARGE = 64 * 2**20  # bytes; smaller files are read each time
-BLOCK = 2**22
 # A file changed so shortly ago may change again without a later time of change, and is not remembered.
 SETTLED_NS = 2 * 10**9
 
@@ -49,18 +48,16 @@ def describe(paths: Iterable[pathlib.Path], cache: pathlib.Path) -> list[dict[st
 
 
 def _sha256(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _read(memory: pathlib.Path) -> dict[str, list]:
     try:
-        return json.loads(memory.read_text(encoding='utf-8'))
+        known = json.loads(memory.read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return {}  # none yet, or damaged: the files are read again
+    return known if isinstance(known, dict) else {}
 
 
 def _write(memory: pathlib.Path, known: dict[str, list]) -> None:

@@ -286,7 +286,7 @@ def _parted(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _joined(held: list[str], end: str) -> str:
-    """One block, of which nothing is held any more: a long one is not there twice."""
+    """One block; nothing of it is held any more when it is given on."""
     held.append(end)
     block = ''.join(held)
     held.clear()

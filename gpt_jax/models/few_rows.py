@@ -1,7 +1,7 @@
 """Products of few rows with a matrix: what decoding is made of, in the form that the CPU's compiler makes fast code of.
 
 There a token costs at least the time of reading every matrix once, and a plain `x @ kernel` of 2 to 32 rows reads them
-at half the speed of this form or less (docs/PERFORMANCE.md).
+at about half the speed of this form (docs/PERFORMANCE.md).
 """
 
 from typing import Any

@@ -59,7 +59,7 @@ def test_a_file_that_has_just_changed_is_not_trusted_to_stay_so(tmp_path, read):
     assert read == ['file', 'file']
 
 
-@pytest.mark.parametrize('content', [b'', b'{"half', b'\xff'])
+@pytest.mark.parametrize('content', [b'', b'{"half', b'\xff', b'[]'])
 def test_a_damaged_memory_is_made_anew(tmp_path, read, content):
     path = tmp_path / 'file'
     expected = write(path, b'a' * 100)

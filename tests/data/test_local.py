@@ -136,6 +136,7 @@ def test_the_share_that_is_held_out_and_the_column_can_be_chosen(tmp_path):
     assert splits(load(tmp_path / 'b.txt', validation_fraction=0.4))[0]['validation'] == ['6789']
 
 
+@settings(deadline=None)
 @given(text=st.text('ab \n\t\r', max_size=60), cuts=st.lists(st.integers(0, 60), max_size=6))
 def test_blocks_do_not_depend_on_where_reading_stops(text, cuts):
     edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})

@@ -60,7 +60,8 @@ def test_each_policy_keeps_and_makes_again_what_it_says(config, params, tokens, 
     # The attention's output and its log-sum-exp in 4 heads instead of what the output projection makes of it.
     assert sizes['names'] - sizes['full'] == 2 * 2 * 20 * (96 + 32 + 4 + 128)
     # What jax keeps by itself differs between its versions: 1.78 times as much with 0.10, 1.65 times with 0.12.
-    assert sizes['none'] > 1.6 * sizes['names']
+    least = 1.6 if jax.__version_info__ >= (0, 12) else 1.7
+    assert sizes['none'] > least * sizes['names']
     made_again = {remat: (count - counts['none']) / 2 for remat, count in counts.items()}
     # Of a layer: attention's two products; the output projection; or both, and the other two that are needed.
     assert made_again == {'none': 0, 'dots': 2, 'names': 1, 'full': 5}
