@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gpt_jax.errors import InputError
+from gpt_jax.files import cache_folder
 
 
 def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> None:
@@ -123,10 +123,8 @@ def _quieten() -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another or is ''."""
     import jax
-    import platformdirs
 
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        folder = pathlib.Path(platformdirs.user_cache_dir('gpt_jax'), 'xla')
-        jax.config.update('jax_compilation_cache_dir', str(folder))
+        jax.config.update('jax_compilation_cache_dir', str(cache_folder('xla')))
     # jax's default of one second would leave out most of a small model's programs.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -1,4 +1,4 @@
-"""Imports point down only, and no file or function outgrows its room: docs/ARCHITECTURE.md, enforced."""
+"""Imports point down only: the floors of docs/ARCHITECTURE.md, enforced."""
 
 import ast
 import pathlib
@@ -10,6 +10,7 @@ PACKAGE = ROOT / 'gpt_jax'
 
 # From the ground up; a room may import those below it, and its own modules.
 FLOORS = (
+    {'config'},
     {'parallel'},
     {'models', 'data'},
     {'checkpoints'},
@@ -17,7 +18,7 @@ FLOORS = (
     {'cli'},
 )
 VERBS = {'main', 'generate', 'evaluate', 'prepare', 'convert', 'plan'}
-FREE = {'', 'errors', 'folders'}  # gpt_jax itself (its version), gpt_jax.errors and gpt_jax.folders
+FREE = {'', 'errors', 'files'}  # gpt_jax itself (its version), gpt_jax.errors and gpt_jax.files
 # Who alone may import what.
 RESERVED = {'ml_collections': VERBS | {'cli'}, 'absl.flags': VERBS | {'cli'}, 'configs': set()}
 FORBIDDEN = {
@@ -109,20 +110,3 @@ def test_the_check_lets_through_what_points_down(room, source):
 
 def test_every_room_stands_on_a_floor():
     assert rooms() - VERBS - FREE - set().union(*FLOORS) == set()
-
-
-@pytest.mark.parametrize('folder', ['gpt_jax', 'configs'])
-def test_no_file_is_over_300_lines_and_no_function_over_80(folder):
-    for path in (ROOT / folder).rglob('*.py'):
-        source = path.read_text(encoding='utf-8')
-        assert len(source.splitlines()) <= 300, path
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno - node.lineno < 80, f'{path}: {node.name}'
-
-
-def test_every_verb_is_at_most_120_lines():
-    for verb in VERBS:
-        path = PACKAGE / f'{verb}.py'
-        if path.exists():
-            assert len(path.read_text(encoding='utf-8').splitlines()) <= 120, path

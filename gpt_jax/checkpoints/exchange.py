@@ -13,7 +13,7 @@ from gpt_jax.checkpoints.manager import describe_save
 from gpt_jax.checkpoints.resolve import load
 from gpt_jax.data import Tokenizer
 from gpt_jax.data.tokenizer import END_OF_TEXT, UNKNOWN
-from gpt_jax.folders import new_folder
+from gpt_jax.files import new_folder
 from gpt_jax.models import GPTConfig, huggingface
 
 

@@ -5,13 +5,13 @@ checkpoint: a step folder without one was interrupted.
 """
 
 import concurrent.futures
-import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Callable
 
 from gpt_jax.errors import InputError
+from gpt_jax.files import sha256
 
 NAME = 'manifest.sha256.json'
 FORMAT = 'gpt_jax checkpoint manifest 1'
@@ -25,7 +25,7 @@ def write(folder: pathlib.Path) -> None:
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
     files = {
-        name: {'bytes': (folder / name).stat().st_size, 'sha256': _sha256(folder / name)}
+        name: {'bytes': (folder / name).stat().st_size, 'sha256': sha256(folder / name)}
         for name in names
         if not name.startswith(NAME)  # a temporary file that a killed process left
     }
@@ -63,7 +63,7 @@ def verify(
             return f'{path} is missing'
         if path.stat().st_size != expected['bytes']:
             return f'{path} has {path.stat().st_size} bytes instead of {expected["bytes"]}'
-        return None if _sha256(path) == expected['sha256'] else f'{path} is damaged (its sha256 differs)'
+        return None if sha256(path) == expected['sha256'] else f'{path} is damaged (its sha256 differs)'
 
     # hashlib lets go of the interpreter lock, so threads divide the hashing between the cores
     with concurrent.futures.ThreadPoolExecutor() as executor:
@@ -85,8 +85,3 @@ def _read(folder: pathlib.Path, way_out: str) -> dict[str, dict]:
         raise InputError(f'{folder} has no {NAME}, its saving was interrupted: {way_out}') from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{path} is damaged ({type(error).__name__}): {way_out}') from error
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -14,6 +14,7 @@ import jax
 
 from gpt_jax.checkpoints import foreign, manifest, steps, trees
 from gpt_jax.errors import InputError
+from gpt_jax.files import sha256
 from gpt_jax.models import huggingface
 
 NAME_ONE = 'give a workdir, a checkpoints/STEP folder or a Hugging Face directory'
@@ -95,8 +96,7 @@ def fingerprint(found: Resolved) -> str:
     files = sorted(found.folder.glob('*.safetensors')) if found.huggingface else [found.folder / manifest.NAME]
     digest = hashlib.sha256()
     for path in files:
-        with path.open('rb') as file:
-            digest.update(hashlib.file_digest(file, 'sha256').digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

@@ -18,9 +18,9 @@ import filelock
 
 from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage
 from gpt_jax.data.encoding import token_chunks
-from gpt_jax.data.files import remove_leftovers, replacing
 from gpt_jax.data.shards import HEADER, ShardInfo, ShardWriter, dtype_of, shard_writer
 from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.files import remove_leftovers, replacing
 
 PARTS = 'parts'
 

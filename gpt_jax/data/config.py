@@ -3,9 +3,8 @@
 import dataclasses
 import pathlib
 
-import platformdirs
-
 from gpt_jax.errors import InputError
+from gpt_jax.files import cache_folder
 
 CHOICES = {'documents': ('whole', 'file', 'block'), 'invalid_bytes': ('refuse', 'replace')}
 
@@ -47,7 +46,7 @@ class DataConfig:
     @property
     def cache(self) -> pathlib.Path:
         """The folder where prepared data is kept."""
-        return pathlib.Path(self.cache_dir or pathlib.Path(platformdirs.user_cache_dir('gpt_jax'), 'data')).expanduser()
+        return pathlib.Path(self.cache_dir or cache_folder('data')).expanduser()
 
     def check(self) -> None:
         """Raises InputError on a value that is none of those above."""

@@ -1,6 +1,5 @@
 """The sha256 of files; of large ones it is remembered, so that a run over a large corpus starts without reading it."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -8,8 +7,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from gpt_jax.data.files import replacing
 from gpt_jax.errors import InputError
+from gpt_jax.files import replacing
+from gpt_jax.files import sha256 as sha256_of
 
 MEMORY = 'files.json'  # in the cache folder: path -> [size, time of change, sha256]
 LARGE = 64 * 2**20  # bytes; smaller files are read each time
@@ -36,7 +36,7 @@ def describe(paths: Iterable[pathlib.Path], cache: pathlib.Path) -> list[dict[st
             stat = os.stat(path)
             state = [stat.st_size, stat.st_mtime_ns]
             is_known = stat.st_size >= LARGE and known.get(key, [])[:2] == state
-            sha256 = known[key][2] if is_known else _sha256(path)
+            sha256 = known[key][2] if is_known else sha256_of(path)
         except OSError as error:
             raise InputError(f'data.path={path}: cannot be read ({error.strerror}); name a readable file') from None
         if not is_known and stat.st_size >= LARGE and time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
@@ -45,11 +45,6 @@ def describe(paths: Iterable[pathlib.Path], cache: pathlib.Path) -> list[dict[st
     if new:
         _write(memory, known | new)
     return files
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _read(memory: pathlib.Path) -> dict[str, list]:

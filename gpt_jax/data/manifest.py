@@ -10,10 +10,10 @@ from typing import Any
 import gpt_jax
 from gpt_jax.data.building import shard_path
 from gpt_jax.data.corpus import SPLITS, Corpus
-from gpt_jax.data.files import replacing
 from gpt_jax.data.shards import ShardInfo, read_header, verify
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import InputError
+from gpt_jax.files import replacing
 
 FORMAT = 2  # raise it whenever this room would write other tokens or files: it is part of every fingerprint
 MANIFEST = 'manifest.json'

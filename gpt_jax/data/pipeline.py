@@ -17,12 +17,12 @@ from gpt_jax.data.building import PARTS, Job, lock, read_report
 from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import SPLITS, Corpus, empty_split
 from gpt_jax.data.encoding import pieces, shorten_words, up_to
-from gpt_jax.data.files import replacing
 from gpt_jax.data.manifest import SOURCE, TOKENIZER, digest
 from gpt_jax.data.shards import Tokens
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.data.workers import build_parts, worthwhile
 from gpt_jax.errors import InputError
+from gpt_jax.files import replacing
 
 TOKENIZER_TEXT_LIMIT = 10**8  # characters that BPE learns from: more would change few merges and take hours
 TOKENIZER_PARTS = 32  # that they are spread over

@@ -28,9 +28,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gpt_jax.data.files import replacing
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import InputError
+from gpt_jax.files import replacing
 
 MAGIC = b'GPTJAXTK'
 VERSION = 2

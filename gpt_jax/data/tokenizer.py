@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gpt_jax.data.files import replacing
 from gpt_jax.errors import InputError
+from gpt_jax.files import replacing
 
 END_OF_TEXT = '<|endoftext|>'
 UNKNOWN = '<|unknown|>'

@@ -15,13 +15,13 @@ LONG_AGO = 1_600_000_000
 @pytest.fixture
 def read(monkeypatch):
     """The names of the files that were read, in order; files of 100 bytes are large."""
-    names, sha256 = [], digests._sha256
+    names, sha256 = [], digests.sha256_of
 
     def spy(path):
         names.append(path.name)
         return sha256(path)
 
-    monkeypatch.setattr(digests, '_sha256', spy)
+    monkeypatch.setattr(digests, 'sha256_of', spy)
     monkeypatch.setattr(digests, 'LARGE', 100)
     return names
 

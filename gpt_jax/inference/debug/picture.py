@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from gpt_jax.data.files import replacing
 from gpt_jax.errors import InputError
+from gpt_jax.files import replacing
 
 NAMED_TOKENS = 64  # with more, the axes are numbered
 

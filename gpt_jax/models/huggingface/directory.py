@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gpt_jax.errors import InputError
-from gpt_jax.folders import new_folder
+from gpt_jax.files import new_folder
 from gpt_jax.models.config import COMPUTE_DTYPES, GPTConfig
 from gpt_jax.models.huggingface import config_json, tensor_files
 from gpt_jax.models.huggingface.layout import BUFFERS, HEAD, Parameter, layout, nested

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from gpt_jax.errors import InputError
-from gpt_jax.folders import new_folder
+from gpt_jax.files import new_folder
 
 
 def test_the_folder_appears_when_the_block_ends(tmp_path):
