@@ -53,7 +53,7 @@ def _model() -> dict[str, Any]:
     """The architecture, and how its layers are run."""
     return {
         'version': 'gpt2',  # 'gpt2' or 'gpt3': whose recipe fills the unset keys
-        'preset': placeholder(str),  # a published size, e.g. 'gpt2-small' (models/presets.py)
+        'preset': placeholder(str),  # a published size, e.g. 'gpt2-small' (models/config.py)
         'vocab_size': placeholder(int),  # unset: the tokenizer's
         'block_size': placeholder(int),  # context, in tokens; unset: the preset's
         'n_layer': placeholder(int),  # unset: the preset's

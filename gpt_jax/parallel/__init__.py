@@ -10,6 +10,7 @@ from gpt_jax.parallel.mesh import (
     make_abstract_mesh,
     make_mesh,
     on_one_device,
+    target_device,
 )
 from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
 
@@ -27,5 +28,6 @@ __all__ = [
     'parameter_spec',
     'path_name',
     'replicated',
+    'target_device',
     'tree_shardings',
 ]

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from gpt_jax.models import GPT, GPTConfig
-from gpt_jax.models.presets import GPT2_VOCAB_SIZE
+from gpt_jax.models.config import GPT2_VOCAB_SIZE
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_abstract_mesh, make_mesh
 from gpt_jax.training.config import RunConfig, as_dict
 from gpt_jax.training.optimizer import make_optimizer
