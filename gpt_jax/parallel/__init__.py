@@ -5,11 +5,14 @@ from gpt_jax.parallel.mesh import (
     MeshConfig,
     activate,
     axis_sizes,
+    can_split,
     constrain,
     current_mesh,
     make_abstract_mesh,
     make_mesh,
     on_one_device,
+    per_device,
+    split_axes,
     target_device,
 )
 from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
@@ -20,6 +23,7 @@ __all__ = [
     'activate',
     'axis_sizes',
     'batch_sharding',
+    'can_split',
     'constrain',
     'current_mesh',
     'make_abstract_mesh',
@@ -27,7 +31,9 @@ __all__ = [
     'on_one_device',
     'parameter_spec',
     'path_name',
+    'per_device',
     'replicated',
+    'split_axes',
     'target_device',
     'tree_shardings',
 ]

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from gpt_jax.models import GPTConfig
 from gpt_jax.models.gpt import Block, TokenInfo, run_layers
-from gpt_jax.models.layers import layer_norm
+from gpt_jax.models.layers import copy_table, layer_norm
 from gpt_jax.models.losses import linear_cross_entropy
 from gpt_jax.planning.liveness import Liveness, array_bytes
 
@@ -165,7 +165,8 @@ def _head(config: GPTConfig, rows: int, cpu: bool) -> int:
 
     def loss(scale, bias, head_VD, x_BTD, targets_BT):
         normal = layer_norm(x_BTD, scale, bias, config.layer_norm_epsilon, config.dtype)
-        return jnp.sum(linear_cross_entropy(normal, head_VD, targets_BT, config.vocab_size))
+        table = copy_table(head_VD, config.dtype, targets_BT)
+        return jnp.sum(linear_cross_entropy(normal, table, targets_BT, config.vocab_size))
 
     width = jax.ShapeDtypeStruct((config.d_model,), jnp.float32)
     head_VD = jax.ShapeDtypeStruct((config.padded_vocab_size, config.d_model), jnp.float32)
