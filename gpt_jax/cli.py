@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -13,6 +13,11 @@ from ml_collections import ConfigDict, config_flags
 from gpt_jax.config import help_text
 from gpt_jax.errors import InputError
 from gpt_jax.files import cache_folder
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+flags.disclaim_key_flags()  # what is defined here for several verbs is the flag of the verb that asked for it
 
 
 def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> None:
@@ -72,6 +77,29 @@ def read_config(flag: flags.FlagHolder) -> ConfigDict:
         name = config_flags.get_config_filename(flags.FLAGS[flag.name])
         raise InputError(f'--{flag.name}={name} cannot be opened; name a file of configs/') from None
     return flag.value
+
+
+def define_mesh_flag() -> flags.FlagHolder:
+    """Defines --mesh, the same for every verb that uses a trained model; `read_mesh` reads it."""
+    return flags.DEFINE_string(
+        'mesh',
+        None,
+        'devices to split the model over, e.g. fsdp:8,tensor:2; -1: all that are left (default: one device)',
+    )
+
+
+def read_mesh() -> 'Mesh | None':
+    """The mesh that --mesh names, over all devices; None without the flag. Raises InputError, naming the flag."""
+    text = flags.FLAGS['mesh'].value
+    if text is None:
+        return None
+    from gpt_jax.parallel import make_mesh, parse_mesh
+
+    config = parse_mesh(text)
+    try:
+        return make_mesh(config)
+    except InputError as error:
+        raise InputError(f'--mesh={text}: {error}') from None
 
 
 def check_exclusive(*names: str) -> None:

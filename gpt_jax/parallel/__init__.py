@@ -10,6 +10,7 @@ from gpt_jax.parallel.mesh import (
     make_abstract_mesh,
     make_mesh,
     on_one_device,
+    parse_mesh,
 )
 from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
 
@@ -25,6 +26,7 @@ __all__ = [
     'make_mesh',
     'on_one_device',
     'parameter_spec',
+    'parse_mesh',
     'path_name',
     'replicated',
     'tree_shardings',
