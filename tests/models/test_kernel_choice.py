@@ -1,5 +1,6 @@
 """Which attention kernel runs where, and which form a product of few rows takes: by the devices compiled for."""
 
+import functools
 import types
 
 import jax
@@ -68,6 +69,6 @@ def test_the_target_is_a_device_of_the_active_mesh():
 def test_products_of_few_rows_take_the_form_of_the_device_compiled_for(monkeypatch, device, is_stacked):
     monkeypatch.setattr('gpt_jax.models.layers.target_device', lambda: device)
     # A function of its own: jax would take the trace of another test.
-    jaxpr = jax.make_jaxpr(lambda x, matrix: matmul_transposed(x, matrix))(jnp.ones((1, 8)), jnp.ones((5, 8)))
+    jaxpr = jax.make_jaxpr(functools.partial(matmul_transposed, dtype=None))(jnp.ones((1, 8)), jnp.ones((5, 8)))
     (product,) = (equation for equation in jaxpr.eqns if equation.primitive.name == 'dot_general')
     assert any(operand.aval.ndim == 3 for operand in product.invars) == is_stacked
