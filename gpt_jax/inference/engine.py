@@ -20,9 +20,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.inference.buckets import batch_bucket, bucket
-from gpt_jax.models import GPT, few_rows, unstack_layers
+from gpt_jax.models import GPT, unstack_layers
 from gpt_jax.models.cache import Cache, take_rows, truncate
 from gpt_jax.models.config import COMPUTE_DTYPES
+from gpt_jax.models.layers import transpose_kernels
 from gpt_jax.parallel import activate, path_name, tree_shardings
 
 
@@ -51,7 +52,7 @@ class Engine:
     """A model with its parameters laid out for decoding.
 
     The layers are unstacked and matrices are held in the compute dtype, once: a loop that cuts or casts them reads more
-    memory for each token than the model has. On one device kernels are transposed as well (models/few_rows.py).
+    memory for each token than the model has. On one device kernels are transposed as well (models/layers.py).
 
     Attributes:
       model, mesh, cache_dtype: as given.
@@ -165,7 +166,7 @@ def _prepare(model: GPT, mesh: Mesh | None, params: Any) -> Any:
 
     unstacked = unstack_layers(jax.tree_util.tree_map_with_path(cast, params))
     if mesh is None:
-        return unstacked | {'blocks': few_rows.transpose_kernels(unstacked['blocks'])}
+        return unstacked | {'blocks': transpose_kernels(unstacked['blocks'])}
     shardings = tree_shardings(mesh, params, params)
     blocks = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings['blocks'])
     shardings['blocks'] = (blocks,) * model.config.n_layer
