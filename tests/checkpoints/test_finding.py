@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.checkpoints import Checkpoints, load, manifest, resolve
+from gpt_jax.checkpoints import Checkpoints, Resolved, load, resolve, verifying
 from gpt_jax.errors import InputError
 
 
@@ -28,7 +28,7 @@ def run(workdir):
 
 def test_a_workdir_and_its_checkpoints_folder_give_the_best_step(run):
     for path in (run, run / 'checkpoints', str(run), f'{run}/'):
-        assert vars(resolve(path)) == {'folder': run / 'checkpoints' / '2', 'step': 2, 'workdir': run}
+        assert resolve(path) == Resolved(run / 'checkpoints' / '2', 2, run)
 
 
 def test_where_no_step_has_a_loss_the_latest_is_taken(run):
@@ -45,11 +45,11 @@ def test_step_names_another(run):
 
 
 def test_a_step_folder_is_itself_and_may_be_copied_under_any_name(run, tmp_path):
-    assert vars(resolve(run / 'checkpoints' / '3')) == vars(resolve(run, 3))
+    assert resolve(run / 'checkpoints' / '3') == resolve(run, 3) == Resolved(run / 'checkpoints' / '3', 3, run)
     assert resolve(run / 'checkpoints' / '3', step=3).step == 3
     copy = shutil.copytree(run / 'checkpoints' / '3', tmp_path / 'my model')
     shutil.rmtree(run)
-    assert vars(resolve(copy)) == {'folder': copy, 'step': 3, 'workdir': None}
+    assert resolve(copy) == Resolved(copy, 3, None)
     assert load(copy).params['block']['w'].tolist() == [[3] * 4] * 8
 
 
@@ -77,7 +77,7 @@ def test_what_names_no_checkpoint_is_refused_in_one_line(run, tmp_path, path, st
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'file').write_text('x')
     if path.endswith('/2'):
-        (run / 'checkpoints' / '2' / manifest.NAME).unlink()
+        (run / 'checkpoints' / '2' / verifying.NAME).unlink()
     with pytest.raises(InputError, match=message) as error:
         resolve(tmp_path / path, step)
     assert str(tmp_path / path) in str(error.value)
@@ -114,7 +114,7 @@ def test_load_places_the_params_where_sharding_says(run):
 
 def test_load_refuses_damage_by_name(run):
     for path in sorted((run / 'checkpoints' / '2').rglob('*')):
-        if path.is_file() and 'optimizer' not in path.parts and path.name != manifest.NAME:
+        if path.is_file() and 'optimizer' not in path.parts and path.name != verifying.NAME:
             whole = path.read_bytes()
             path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
             with pytest.raises(InputError, match=r'is damaged .* to go on from step 3') as error:
