@@ -87,7 +87,7 @@ def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
     if not path.exists():
         raise InputError(f'checkpoint {given} does not exist: {NAME_ONE}')
     if verifying.exists(path):
-        own_step = read_record(path)['step']
+        own_step = read_step_meta(path)['step']
         if step not in (None, own_step):
             raise InputError(f'checkpoint {given} is step {own_step}, not {step}: give its workdir to choose a step')
         return Resolved(path, own_step, _workdir(path.parent))
@@ -176,11 +176,11 @@ def is_step_name(name: str) -> bool:
 
 
 def val_losses(folder: pathlib.Path) -> dict[int, float]:
-    """Validation loss of every finished step that has one. Raises InputError as `read_record`."""
+    """Validation loss of every finished step that has one. Raises InputError as `read_step_meta`."""
     losses = {}
     for step in finished_steps(folder):
         try:
-            loss = read_record(folder / str(step))['val_loss']
+            loss = read_step_meta(folder / str(step))['val_loss']
         except (InputError, OSError):
             if (folder / str(step)).exists():
                 raise
@@ -191,17 +191,17 @@ def val_losses(folder: pathlib.Path) -> dict[int, float]:
 
 
 def latest_meta(folder: pathlib.Path) -> dict[str, Any] | None:
-    """`read_record` of the highest finished step under `folder`; None where there is none. Raises InputError as it."""
+    """`read_step_meta` of the highest finished step under `folder`; None where there is none."""
     steps = finished_steps(folder)
-    return read_record(folder / str(steps[-1])) if steps else None
+    return read_step_meta(folder / str(steps[-1])) if steps else None
 
 
 def read_meta(found: Resolved) -> dict[str, Any]:
     """What a checkpoint says of itself: `Loaded.meta`, without its parameters. Raises InputError as `load`."""
-    return describe_huggingface(found.folder) if found.huggingface else read_record(found.folder)
+    return describe_huggingface(found.folder) if found.huggingface else read_step_meta(found.folder)
 
 
-def read_record(step_folder: pathlib.Path) -> dict[str, Any]:
+def read_step_meta(step_folder: pathlib.Path) -> dict[str, Any]:
     """The JSON dict saved with a checkpoint, after checking its own sha256.
 
     Raises InputError, naming the file, when it or the manifest is missing or damaged, or a newer gpt_jax wrote it.

@@ -25,7 +25,7 @@ from gpt_jax.checkpoints.finding import (
     describe_save,
     finished_steps,
     is_step_name,
-    read_record,
+    read_step_meta,
     val_losses,
     way_out,
 )
@@ -123,7 +123,7 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON dict of a finished step. Raises InputError where it is missing or damaged."""
-        return read_record(self.folder / str(step))
+        return read_step_meta(self.folder / str(step))
 
     def wait(self) -> None:
         """Return when every save is on disk with its manifest and old steps are gone; raise what a save failed with."""
