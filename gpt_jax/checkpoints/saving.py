@@ -65,9 +65,9 @@ class Checkpoints:
         """Start saving `step`; returns once the arrays may be donated, after waiting for the previous save.
 
         `params` and `optimizer` are pytrees of arrays; an optimizer without any (None) is left out. `meta` is a JSON
-        dict; what `describe_save` gives is added to it. A step that is already saved is
-        left as it is, and False returned. Raises what the previous save failed with, TypeError for a leaf or a meta
-        that cannot be stored, InputError where `folder/STEP` is something else.
+        dict; `format`, `step`, `val_loss` (None where not finite) and `versions` are added to it. A step that is
+        already saved is left as it is, and False returned. Raises what the previous save failed with, TypeError for a
+        leaf or a meta that cannot be stored, InputError where `folder/STEP` is something else.
         """
         self.wait()
         if step in self.steps():
@@ -139,7 +139,8 @@ class Checkpoints:
                 self._pending = None
         # Process 0 writes the manifest and removes old steps, and the others are done before it.
         verifying.raise_together(
-            problem, f'a checkpoint in {self.folder} was not saved: see the message of process {{}}'
+            problem,
+            lambda process: f'a checkpoint in {self.folder} was not saved: see the message of process {process}',
         )
 
     def close(self) -> None:

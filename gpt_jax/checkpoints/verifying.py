@@ -95,11 +95,11 @@ def verify_together(
         verify(folder, wanted, part=(jax.process_index(), jax.process_count()), way_out=way_out)
     except InputError as error:
         problem = error
-    raise_together(problem, f'{folder} is damaged, process {{}} names the file: see its message')
+    raise_together(problem, lambda process: f'{folder} is damaged, process {process} names the file: see its message')
 
 
-def raise_together(problem: Exception | None, elsewhere: str) -> None:
-    """Raise `problem`, and in the processes that have none an InputError: `elsewhere`, with a process that has one.
+def raise_together(problem: Exception | None, message: Callable[[int], str]) -> None:
+    """Raise `problem`; in the processes that have none an InputError with `message(process)`, of one that has.
 
     Every process must call this at the same point of its main thread. One that went on alone would wait forever for
     the others at the next thing that they do together.
@@ -107,7 +107,7 @@ def raise_together(problem: Exception | None, elsewhere: str) -> None:
     if jax.process_count() > 1:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(problem is not None)))
         if failed.size and problem is None:
-            problem = InputError(elsewhere.format(failed[0]))
+            problem = InputError(message(failed[0]))
     if problem is not None:
         raise problem
 
@@ -115,10 +115,10 @@ def raise_together(problem: Exception | None, elsewhere: str) -> None:
 def _share_hashing(folder: pathlib.Path) -> dict[str, dict]:
     """Hash this process's share of the files; in process 0, what all have hashed.
 
-    Messages go through the key-value store of jax.distributed: this runs in the background of training, where a
-    collective on devices would meet those of the training step in another order in each process. A process that cannot
-    see or read its share (a network file system may show a new folder late) tells of none. Nothing else depends on
-    it: process 0 hashes what is left, and meets the error itself if there is one.
+    They talk through the key-value store of jax.distributed. This runs in the background of training: a collective on
+    devices would meet those of the training step in another order in each process. A process that cannot see or read
+    its share (a network file system may show a new folder late) tells of none: process 0 hashes what is left, and meets
+    the error itself if there is one.
     """
     store, index, count = ocp.multihost.get_jax_distributed_client(), jax.process_index(), jax.process_count()
     # A step may be written again after its folder was removed: each time has keys of its own.
