@@ -1,14 +1,17 @@
 """What a run measures and shows of itself: the validation loss, and previews of what it has learned."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from gpt_jax.data import Tokenizer, TrainingData, document_places, validation_batches
+from gpt_jax.data import Tokenizer, TrainingData, ValidationBatches, document_positions
 from gpt_jax.models import GPT
+from gpt_jax.parallel import global_batch
 from gpt_jax.training.step import Batch, compiler_options
 
 PREVIEW_TOKENS = 48
@@ -16,7 +19,7 @@ PREVIEW_TOKENS = 48
 
 def evaluate(
     eval_step: Callable[[Any, Batch], dict[str, jax.Array]],
-    put_batch: Callable[[dict[str, Any]], Batch],
+    mesh: Mesh,
     params: Any,
     data: TrainingData,
     batch_size: int,
@@ -33,9 +36,8 @@ def evaluate(
     """
     losses, bytes_a_token = {}, {}
     for name, prepared in data.prepared.items():
-        processes = (jax.process_index(), jax.process_count())
-        batches = validation_batches(prepared.validation, batch_size, block_size, *processes, document_separator)
-        totals = _totals(eval_step, put_batch, params, batches, should_stop)
+        batches = ValidationBatches(prepared.validation, batch_size, block_size, document_separator)
+        totals = _totals(eval_step, mesh, params, batches, should_stop)
         if totals is None:
             return None
         # The first token of the split is never predicted.
@@ -53,13 +55,14 @@ def evaluate(
     return values | ({f'val_loss_{name}': value for name, value in losses.items()} if len(losses) > 1 else {})
 
 
-def _totals(eval_step, put_batch, params, batches, should_stop) -> tuple[float, float] | None:
+def _totals(eval_step, mesh, params, batches, should_stop) -> tuple[float, float] | None:
     """Nats and tokens over all batches, or None where it is to stop."""
     nats, tokens, pending = 0.0, 0.0, None
-    for batch in batches:
+    for step in range(len(batches)):
         if should_stop():
             return None
-        dispatched = eval_step(params, put_batch(batch))
+        shape = (batches.batch_size, batches.block_size)
+        dispatched = eval_step(params, global_batch(functools.partial(batches.rows, step), shape, mesh))
         if pending is not None:  # one batch behind, so that the device never waits and never runs far ahead
             nats, tokens = nats + float(pending['loss']), tokens + float(pending['tokens'])
         pending = dispatched
@@ -79,7 +82,7 @@ def make_teacher_forced_preview(
     info = {}
     if document_separator is not None:
         info = dict(
-            zip(('positions', 'documents'), document_places(tokens_1T[:, :-1], document_separator), strict=True)
+            zip(('positions', 'documents'), document_positions(tokens_1T[:, :-1], document_separator), strict=True)
         )
     guess = jax.jit(
         lambda params, tokens: model.apply({'params': params}, tokens, **info).argmax(-1),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import jax
 from gpt_jax.checkpoints import Checkpoints, latest_meta
 from gpt_jax.data import Batches, Tokenizer, prefetch
 from gpt_jax.models import GPT
-from gpt_jax.parallel import tree_shardings
+from gpt_jax.parallel import global_batch, tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.config import RunConfig
 from gpt_jax.training.metrics import MetricsLog, Throughput, Waits, model_flops_utilisation, read_rows
@@ -20,7 +21,7 @@ from gpt_jax.training.milestones import Milestones, Sampler, not_finite
 from gpt_jax.training.progress import Progress, plot_loss
 from gpt_jax.training.setup import Experiment, build, is_first_process
 from gpt_jax.training.state import TrainState, abstract_state, init_state, start_state
-from gpt_jax.training.step import make_put_batch, make_train_step
+from gpt_jax.training.step import Batch, make_train_step
 from gpt_jax.training.stopping import StopRequest
 
 
@@ -148,8 +149,8 @@ class _Loop:
 
     def _steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         e, train = self._experiment, self._experiment.run.train
-        rows = (train.batch_size, e.run.model.block_size, train.seed, jax.process_index(), jax.process_count())
-        batches = Batches(e.data.train, *rows, e.document_separator)
+        shape = (train.batch_size, e.run.model.block_size)
+        batches = Batches(e.data.train, *shape, train.seed, e.document_separator)
         train_step = make_train_step(e.model, e.optimizer, e.schedule, e.mesh, train.accumulation_steps, train.seed)
         step, unread = self._start, None
         if step and self._milestones.catch_up(step, state, stop):
@@ -157,7 +158,11 @@ class _Loop:
         if not step and e.source is not None and self._milestones.look_at_start(state, stop):
             return step, state
         self._throughput.start(step)
-        stream = prefetch(batches, step, self._total, make_put_batch(e.mesh), on_wait=self._waits.add)
+
+        def make_batch(step: int) -> Batch:
+            return global_batch(functools.partial(batches.rows, step), shape, e.mesh)
+
+        stream = prefetch(make_batch, step, self._total, on_wait=self._waits.add)
         with contextlib.closing(stream):
             for batch in stream:
                 state, metrics = train_step(state, batch)

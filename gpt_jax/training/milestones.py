@@ -15,7 +15,7 @@ from gpt_jax.training.metrics import MetricsLog
 from gpt_jax.training.progress import Progress
 from gpt_jax.training.setup import Experiment, is_first_process
 from gpt_jax.training.state import TrainState
-from gpt_jax.training.step import make_eval_step, make_put_batch
+from gpt_jax.training.step import make_eval_step
 from gpt_jax.training.stopping import StopRequest
 from gpt_jax.training.workdir import NOTHING, SampleLog
 
@@ -70,7 +70,6 @@ class Milestones:
         self._every['checkpoint'] = run.checkpoint.every_steps
         self._eval_batch_size = run.eval.batch_size or run.train.batch_size // run.train.accumulation_steps
         self._eval_step = make_eval_step(experiment.model, experiment.mesh)
-        self._put_batch = make_put_batch(experiment.mesh)
         self._teacher_forced = make_teacher_forced_preview(
             experiment.model, experiment.data, experiment.document_separator
         )
@@ -124,7 +123,7 @@ class Milestones:
         alone = jax.process_count() == 1
         values = evaluate(
             self._eval_step,
-            self._put_batch,
+            e.mesh,
             state.params,
             e.data,
             self._eval_batch_size,

@@ -138,13 +138,3 @@ def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Any, Batch], dict[str, j
             return {'loss': jnp.sum(losses_BT * batch['weights']), 'tokens': jnp.sum(batch['weights'])}
 
     return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
-
-
-def make_put_batch(mesh: Mesh) -> Callable[[dict[str, Any]], Batch]:
-    """Moves this process's rows of a batch to its devices, as one global array over all of them."""
-    sharding = batch_sharding(mesh)
-
-    def put(batch: dict[str, Any]) -> Batch:
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-
-    return put

@@ -263,7 +263,7 @@ def one_step(config, source, tokenizer):
     """The parameters after one step of optax's own AdamW on the whole batch, from whole logits."""
     model_config, params = huggingface.load(source)
     data = prepare(DataConfig(path=config.data.path, cache_dir=config.data.cache_dir), tokenizer, lambda _: None)
-    batch = Batches(data.train, config.train.batch_size, 32, config.train.seed, 0, 1)[0]
+    batch = Batches(data.train, config.train.batch_size, 32, config.train.seed).rows(0)
 
     def loss(params):
         logits = GPT(model_config).apply({'params': params}, batch['tokens'])

@@ -14,6 +14,7 @@ import pytest
 from gpt_jax.checkpoints import load
 from gpt_jax.errors import InputError
 from gpt_jax.inference import sample_text
+from gpt_jax.parallel import MeshConfig, make_mesh
 from gpt_jax.training import evaluate as evaluation
 from gpt_jax.training import loop, milestones, train
 
@@ -94,9 +95,9 @@ def test_an_evaluation_is_broken_off_where_it_is_asked_to(finished_run):
     batch = {'loss': jnp.ones(()), 'tokens': jnp.ones(())}
     asked = iter([False, False, True])
     data = types.SimpleNamespace(prepared={'a': types.SimpleNamespace(validation=np.arange(100))})
-    steps = []
+    steps, one_device = [], make_mesh(MeshConfig(), jax.devices()[:1])
     result = evaluation.evaluate(
-        lambda params, _: steps.append(params) or batch, lambda b: b, 'params', data, 1, 8, None, lambda: next(asked)
+        lambda params, _: steps.append(params) or batch, one_device, 'params', data, 1, 8, None, lambda: next(asked)
     )
     assert result is None
     assert steps == ['params'] * 2
