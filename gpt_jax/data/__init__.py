@@ -4,8 +4,8 @@
 function of (seed, step).
 """
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data.batches import Batches, ValidationBatches, document_positions, prefetch
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import Corpus
 from gpt_jax.data.pipeline import Prepared, prepare, prepare_piece
 from gpt_jax.data.shards import ShardInfo, Tokens, read_header, write_shard
