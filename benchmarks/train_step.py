@@ -23,8 +23,7 @@ from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPT2
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.state import init_state
-from gpt_jax.training.step import make_train_step
+from gpt_jax.training.step import init_state, make_train_step
 
 try:
     import torch

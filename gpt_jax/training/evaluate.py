@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt_jax.data import Tokenizer, TrainingData, ValidationBatches, document_positions
+from gpt_jax.data import TrainingData, ValidationBatches, document_positions
 from gpt_jax.models import GPT
-from gpt_jax.parallel import global_batch
+from gpt_jax.parallel import global_batch, replicated
 from gpt_jax.training.step import Batch, compiler_options
 
 PREVIEW_TOKENS = 48
@@ -70,11 +70,11 @@ def _totals(eval_step, mesh, params, batches, should_stop) -> tuple[float, float
 
 
 def make_teacher_forced_preview(
-    model: GPT, data: TrainingData, document_separator: int | None = None
+    model: GPT, data: TrainingData, mesh: Mesh, document_separator: int | None = None
 ) -> Callable[[Any], dict[str, str]]:
-    """A function of the parameters that shows the start of the first validation split beside the model's guesses.
+    """A function of the parameters that shows the start of the first validation split beside what the model predicts.
 
-    At each place the model sees the true text so far; its guess is the likeliest next token.
+    At each token the model sees the true text so far; what it predicts is the likeliest next token.
     """
     validation = next(iter(data.prepared.values())).validation
     count = min(PREVIEW_TOKENS, model.config.block_size, len(validation) - 1)
@@ -84,22 +84,19 @@ def make_teacher_forced_preview(
         info = dict(
             zip(('positions', 'documents'), document_positions(tokens_1T[:, :-1], document_separator), strict=True)
         )
-    guess = jax.jit(
+    predict = jax.jit(
         lambda params, tokens: model.apply({'params': params}, tokens, **info).argmax(-1),
-        compiler_options=compiler_options(),
+        out_shardings=replicated(mesh),  # or no process could read it where parameters are split over several
+        compiler_options=compiler_options(mesh),
     )
 
     def preview(params: Any) -> dict[str, str]:
-        guesses = np.asarray(guess(params, tokens_1T[:, :-1]))[0]
+        predicted = np.asarray(predict(params, tokens_1T[:, :-1]))[0]
         truth = tokens_1T[0, 1:]
-        right = int((guesses == truth).sum())
+        right = int((predicted == truth).sum())
         return {
             'text': data.tokenizer.decode(truth),
-            f'guessed token by token ({right} of {count} right)': _side_by_side(data.tokenizer, guesses),
+            f'guessed token by token ({right} of {count} right)': data.tokenizer.decode(predicted),
         }
 
     return preview
-
-
-def _side_by_side(tokenizer: Tokenizer, guesses: np.ndarray) -> str:
-    return tokenizer.decode(guesses)

@@ -16,8 +16,11 @@ from gpt_jax.models import GPT  # noqa: E402
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh  # noqa: E402
 from gpt_jax.training import resolve  # noqa: E402
 from gpt_jax.training.optimizer import Lengths, make_optimizer, make_schedule  # noqa: E402
-from gpt_jax.training.state import TrainState, abstract_state  # noqa: E402
-from gpt_jax.training.step import make_train_step  # noqa: E402
+from gpt_jax.training.step import (  # noqa: E402
+    TrainState,
+    abstract_state,
+    make_train_step,
+)
 
 STEPS, WARMUP, PEAK, FLOOR = 20, 4, 1e-2, 0.1
 BETAS, EPSILON, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 0.5

@@ -12,8 +12,7 @@ from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.state import abstract_state, init_state
-from gpt_jax.training.step import make_train_step
+from gpt_jax.training.step import abstract_state, init_state, make_train_step
 
 VOCAB, BLOCK = 50, 16
 LEARNING_RATE = 1e-2
