@@ -53,8 +53,8 @@ def tokenising_share(tokenizer: Tokenizer, documents: list[str], rounds: int) ->
 
 def batch_ms(batches: Batches) -> float:
     """Median milliseconds of a batch."""
-    batches[0]
-    return 1000 * statistics.median(seconds(lambda step=step: batches[step]) for step in range(1, 301))
+    batches.rows(0)
+    return 1000 * statistics.median(seconds(lambda step=step: batches.rows(step)) for step in range(1, 301))
 
 
 def open_seconds(folder: pathlib.Path, tokenizer: Tokenizer) -> float:

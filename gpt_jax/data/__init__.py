@@ -5,9 +5,8 @@ function of (seed, step).
 """
 
 from gpt_jax.config import DataConfig
+from gpt_jax.data.batches import Batches, ValidationBatches, document_positions, prefetch
 from gpt_jax.data.corpus import Corpus
-from gpt_jax.data.documents import document_places
-from gpt_jax.data.loader import Batches, prefetch, validation_batches
 from gpt_jax.data.pipeline import Prepared, prepare, prepare_piece
 from gpt_jax.data.shards import ShardInfo, Tokens, read_header, write_shard
 from gpt_jax.data.sources import TrainingData, prepare_sources, prepare_sources_piece
@@ -22,13 +21,13 @@ __all__ = [
     'Tokenizer',
     'Tokens',
     'TrainingData',
-    'document_places',
+    'ValidationBatches',
+    'document_positions',
     'prefetch',
     'prepare',
     'prepare_piece',
     'prepare_sources',
     'prepare_sources_piece',
     'read_header',
-    'validation_batches',
     'write_shard',
 ]

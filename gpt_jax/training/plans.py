@@ -16,8 +16,7 @@ from gpt_jax.parallel import MeshConfig, batch_sharding, make_abstract_mesh, mak
 from gpt_jax.training import recipe as recipes
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.recipe import facts, notes, provenance
-from gpt_jax.training.state import TrainState, abstract_state
-from gpt_jax.training.step import make_train_step
+from gpt_jax.training.step import TrainState, abstract_state, make_train_step
 
 
 def recipe_section(run: RunConfig) -> dict[str, Any]:
