@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, split_of
 from gpt_jax.errors import InputError, first_line
 

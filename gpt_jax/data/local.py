@@ -25,8 +25,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, split_of
 from gpt_jax.data.tokenizer import safe_end
 from gpt_jax.errors import InputError, first_line

@@ -25,9 +25,9 @@ from typing import Any
 
 import tqdm
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data import hub, local, python_docs
 from gpt_jax.data import tokenizer as tokenizers
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import Corpus, empty_split
 from gpt_jax.data.mixture import Source
 from gpt_jax.data.parts import PARTS, Job, build_parts, lock, read_report, worthwhile
