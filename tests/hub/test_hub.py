@@ -16,6 +16,7 @@ from local_hub import Dataset
 from small_datasets import WEB, article_lines, card, parquet
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / 'tests' / 'golden' / 'data'
 FILE = 'plain_text/train/0000.parquet'
 
 
@@ -55,6 +56,21 @@ def test_wikitext_103_is_whole_articles_with_a_split_of_its_own(run_prepare):
         f' = {name} = ' for name in ('Anarchism', 'Boulter', 'Carp', 'Dollar')
     ]
     assert [text.split('\n')[0] for text in result['validation']] == [' = Held out = ']
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize('name', ['openwebtext_10k', 'wikitext_103'])
+def test_tokens_are_those_of_the_program_that_read_parquet_by_itself(run_prepare, tmp_path, name, streaming):
+    (path,) = [*GOLDEN.glob(f'{name}*/manifest.json'), *GOLDEN.glob(f'{name}-manifest.json')]
+    golden = json.loads(path.read_text())
+    run_prepare(name, streaming=streaming)
+    made = json.loads((folder_of(tmp_path) / 'manifest.json').read_text())
+    for key in ('split', 'documents', 'bytes', 'tokens'):
+        assert made[key] == golden[key]
+    for split, shards in golden['shards'].items():
+        assert [(shard['file'], shard['sha256']) for shard in made['shards'][split]] == [
+            (shard['file'], shard['sha256']) for shard in shards
+        ]
 
 
 @pytest.mark.slow
