@@ -210,5 +210,5 @@ def test_a_decoding_loop_makes_no_copy_of_shared_weights():
 
 
 def test_a_mesh_that_splits_texts_is_refused(model, params):
-    with pytest.raises(InputError, match='mesh.context=2 must be 1'):
+    with pytest.raises(InputError, match=r'mesh.context=2 must be 1'):
         Engine(model, params, mesh=make_mesh(MeshConfig(data=4, context=2)))

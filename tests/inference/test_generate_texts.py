@@ -323,5 +323,5 @@ def test_a_batch_takes_no_more_than_it_has_room_for(engine):
     batch = SamplingBatch(engine, 2, 20, GREEDY, StoppingCriteria(5, END))
     with pytest.raises(ValueError, match='3 requests for 2 free rows'):
         batch.add([Request([1])] * 3)
-    with pytest.raises(ValueError, match='a prompt of 40 tokens .* exceed the length of the batch'):
+    with pytest.raises(ValueError, match=r'a prompt of 40 tokens .* exceed the length of the batch'):
         batch.add([Request([1] * 40)])
