@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from gpt_jax.config import help_text
 from gpt_jax.errors import InputError
 from gpt_jax.files import cache_folder
 
@@ -22,6 +23,8 @@ flags.disclaim_key_flags()  # what is defined here for several verbs is the flag
 def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> None:
     """Parses the flags, calls `main`, and exits: 0 on success and after --help, 1 with one line on bad input.
 
+    A verb that takes an experiment also has --help_config, which prints every key of one.
+
     Args:
       main: the verb's work; what it returns is the exit status (None: 0).
       doc: the verb's module docstring, printed by --help.
@@ -29,6 +32,9 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
     """
     if any(argument in ('--help', '-help', '-h', '--helpfull', '--helpshort') for argument in sys.argv[1:]):
         print(_help(doc, key_flags))
+        sys.exit(0)
+    if 'config' in key_flags and '--help_config' in sys.argv[1:]:
+        print(help_text())
         sys.exit(0)
     try:
         rest = flags.FLAGS(sys.argv)[1:]
@@ -121,7 +127,7 @@ def _explain(error: Exception) -> str:
     if missing:
         hint = re.search(r'Did you mean "(\w+)"', text)
         wrong = [a.split('=')[0] for a in sys.argv[1:] if re.search(rf'\.{missing[1]}(\.|$)', a.split('=')[0])]
-        advice = f'did you mean {hint[1]}?' if hint else 'configs/base.py lists the keys'
+        advice = f'did you mean {hint[1]}?' if hint else '--help_config lists the keys'
         return f'{wrong[0] if wrong else missing[1]}: there is no such key; {advice}'
     given = [a for a in sys.argv[1:] if a.startswith('--config')]
     return f'{" ".join(given)}: {type(error).__name__}: {text}'
@@ -139,6 +145,8 @@ def _help(doc: str, key_flags: Sequence[str]) -> str:
         default = '' if flag.default in (None, '') else f' (default: {flag.default})'
         help_text = re.sub(r'^path to config file\.$', 'the experiment, a file of configs/', flag.help)
         lines.append(f'  --{name}: {help_text}{default}')
+    if 'config' in key_flags:
+        lines.append('  --help_config: print every key of an experiment, with its default and what it means')
     return '\n'.join(lines)
 
 

@@ -1,8 +1,8 @@
 """The ground floor: the device mesh, what is sharded along which axis, and constraints on activations."""
 
+from gpt_jax.config import MeshConfig
 from gpt_jax.parallel.mesh import (
     AXES,
-    MeshConfig,
     activate,
     axis_sizes,
     constrain,

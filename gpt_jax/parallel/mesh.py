@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gpt_jax.config import MeshConfig
 from gpt_jax.errors import InputError
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
@@ -29,16 +30,6 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 _active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar('gpt_jax_mesh', default=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; one axis may be -1: whatever the others leave."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
 
 
 def parse_mesh(text: str) -> MeshConfig:
