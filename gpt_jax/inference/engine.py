@@ -19,9 +19,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.errors import InputError
-from gpt_jax.models import GPT, few_rows, unstack_layers
+from gpt_jax.models import GPT, unstack_layers
 from gpt_jax.models.cache import Cache
 from gpt_jax.models.config import COMPUTE_DTYPES
+from gpt_jax.models.layers import transpose_kernels
 from gpt_jax.parallel import activate, path_name, tree_shardings
 
 # Steps of one compiled loop where nobody watches: between two of them Ctrl-C and stop strings are looked at.
@@ -65,7 +66,7 @@ class Engine:
     """A model with its parameters laid out for decoding.
 
     The layers are unstacked and matrices are held in the compute dtype, once: a loop that cuts or casts them reads more
-    memory for each token than the model has. On one device kernels are transposed as well (few_rows in models).
+    memory for each token than the model has. On one device kernels are transposed as well (`models/layers.py`).
 
     Attributes:
       model, mesh, cache_dtype: as given.
@@ -203,7 +204,7 @@ def _lay_out(model: GPT, mesh: Mesh | None, params: Any) -> Any:
 
     unstacked = unstack_layers(jax.tree_util.tree_map_with_path(cast, params))
     if mesh is None:
-        return unstacked | {'blocks': few_rows.transpose_kernels(unstacked['blocks'])}
+        return unstacked | {'blocks': transpose_kernels(unstacked['blocks'])}
     shardings = tree_shardings(mesh, params, params)
     blocks = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings['blocks'])
     shardings['blocks'] = (blocks,) * model.config.n_layer

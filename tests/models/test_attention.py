@@ -12,8 +12,7 @@ from jaxprs import largest_array
 from numpy_reference import float64, gpt_logits, self_attention
 
 from gpt_jax.models import GPT, GPTConfig, unstack_layers
-from gpt_jax.models.attention import CausalSelfAttention
-from gpt_jax.models.token_info import TokenInfo
+from gpt_jax.models.gpt import CausalSelfAttention, TokenInfo
 
 
 @pytest.fixture(scope='module')
