@@ -19,9 +19,9 @@ import jax
 import numpy as np
 import optax
 
+from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPT2
 from gpt_jax.parallel import MeshConfig, make_mesh
-from gpt_jax.training.config import OptimizerConfig
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.state import init_state
 from gpt_jax.training.step import make_put_batch, make_train_step

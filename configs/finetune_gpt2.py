@@ -8,12 +8,12 @@ sequences, one at a time. On N devices --config.train.accumulation_steps is 32 /
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The values of karpathy/nanoGPT's config/finetune_shakespeare.py, and of its train.py where that says nothing."""
-    config = base.get_config()
+    config = base()
     config.model.update(dropout=0.0, scan_layers=True)
     config.data.path = 'tinyshakespeare.txt'
     config.optimizer.update(learning_rate=3e-5, beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0)

@@ -7,12 +7,12 @@ The paper's batch of 512 sequences of 1024 tokens, in 32 micro-batches; about 9 
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The gpt2 recipe; length, weight decay and learning rate are nanoGPT's, which reproduce OpenAI's loss."""
-    config = base.get_config()
+    config = base()
     config.model.preset = 'gpt2-xl'
     config.model.dropout = 0.0
     config.model.scan_layers = True

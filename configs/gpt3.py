@@ -8,16 +8,16 @@ SIZE is one of the paper's 125m 350m 760m 1.3b 2.7b 6.7b 13b 175b, or of the PyT
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 SIZES = ('125m', '350m', '760m', '1.3b', '2.7b', '6.7b', '13b', '175b', 'ada', 'babbage', 'curie', 'davinci')
 
 
 def get_config(size: str = '125m') -> ml_collections.ConfigDict:
-    """Everything that the paper tells is in the gpt3 recipe (gpt_jax/training/recipe_values.py)."""
+    """Everything that the paper tells is in the gpt3 recipe (gpt_jax/training/recipe.py)."""
     if size not in SIZES:
         raise ValueError(f'there is no size {size!r}; choose one of {", ".join(SIZES)}')
-    config = base.get_config()
+    config = base()
     config.model.update(version='gpt3', preset=f'gpt3-{size}', scan_layers=True)
     config.data.update(corpus='openwebtext', tokenizer='gpt2')
     config.train.tokens = 300_000_000_000  # paper: GPT-3, table 2.1

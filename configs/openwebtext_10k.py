@@ -8,12 +8,12 @@ dropout, and 5 epochs. configs/suite_mini.py is the suite's own example on it.
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The gpt2 recipe with a batch of 32 and a learning rate to go with it; assumed, not tuned."""
-    config = base.get_config()
+    config = base()
     config.model.update(preset='gpt2-small', dropout=0.1, scan_layers=True)
     config.data.update(corpus='openwebtext_10k', tokenizer='gpt2')
     config.optimizer.update(learning_rate=3e-4, beta2=0.95, weight_decay=0.1)

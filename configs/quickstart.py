@@ -5,12 +5,12 @@ python -m gpt_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Four layers, 192 wide, on the embedded corpus."""
-    config = base.get_config()
+    config = base()
     config.model.update(block_size=128, n_layer=4, n_head=6, d_model=192, dropout=0.0)
     config.data.vocab_size = 2048
     config.optimizer.update(learning_rate=3e-3, beta2=0.95, weight_decay=0.1)

@@ -7,12 +7,12 @@
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
     """nanoGPT's hyper-parameters (its README, "i only have a macbook")."""
-    config = base.get_config()
+    config = base()
     config.model.update(block_size=64, n_layer=4, n_head=4, d_model=128, dropout=0.0)
     config.data.update(path='tinyshakespeare.txt', tokenizer='char')
     config.optimizer.update(learning_rate=1e-3, beta2=0.99, weight_decay=0.1)

@@ -5,12 +5,12 @@ python -m gpt_jax.main --config=configs/smoke.py --workdir=/tmp/smoke
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Two tiny layers, 20 steps."""
-    config = base.get_config()
+    config = base()
     config.model.update(block_size=32, n_layer=2, n_head=2, d_model=32, dropout=0.0)
     config.data.vocab_size = 512
     config.optimizer.learning_rate = 1e-2

@@ -7,12 +7,12 @@
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Optimizer from the gpt3 recipe; its 375M tokens of warmup would outlast this run, so warmup and decay are own."""
-    config = base.get_config()
+    config = base()
     config.model.update(version='gpt3', block_size=256, n_layer=8, n_head=8, d_model=512, dropout=0.1)
     config.data.update(corpus='openwebtext_10k', vocab_size=32000)
     config.schedule.update(warmup_epochs=0.2, decay_epochs=10.0)

@@ -8,12 +8,12 @@ a GPU.
 
 import ml_collections
 
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The gpt2 recipe with a batch of 64 and a learning rate to go with it; assumed, not tuned."""
-    config = base.get_config()
+    config = base()
     config.model.update(preset='gpt2-small', dropout=0.1, scan_layers=True)
     config.data.update(corpus='wikitext_103', tokenizer='gpt2')
     config.optimizer.update(learning_rate=6e-4, beta2=0.95, weight_decay=0.1)

@@ -5,17 +5,25 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from gpt_jax.config import help_text
 from gpt_jax.errors import InputError
 from gpt_jax.files import cache_folder
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+flags.disclaim_key_flags()  # what is defined here for several verbs is the flag of the verb that asked for it
 
 
 def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> None:
     """Parses the flags, calls `main`, and exits: 0 on success and after --help, 1 with one line on bad input.
+
+    A verb that takes an experiment also has --help_config, which prints every key of one.
 
     Args:
       main: the verb's work; what it returns is the exit status (None: 0).
@@ -24,6 +32,9 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
     """
     if any(argument in ('--help', '-help', '-h', '--helpfull', '--helpshort') for argument in sys.argv[1:]):
         print(_help(doc, key_flags))
+        sys.exit(0)
+    if 'config' in key_flags and '--help_config' in sys.argv[1:]:
+        print(help_text())
         sys.exit(0)
     try:
         rest = flags.FLAGS(sys.argv)[1:]
@@ -68,6 +79,29 @@ def read_config(flag: flags.FlagHolder) -> ConfigDict:
     return flag.value
 
 
+def define_mesh_flag() -> flags.FlagHolder:
+    """Defines --mesh, the same for every verb that uses a trained model; `read_mesh` reads it."""
+    return flags.DEFINE_string(
+        'mesh',
+        None,
+        'devices to split the model over, e.g. fsdp:8,tensor:2; -1: all that are left (default: one device)',
+    )
+
+
+def read_mesh() -> 'Mesh | None':
+    """The mesh that --mesh names, over all devices; None without the flag. Raises InputError, naming the flag."""
+    text = flags.FLAGS['mesh'].value
+    if text is None:
+        return None
+    from gpt_jax.parallel import make_mesh, parse_mesh
+
+    config = parse_mesh(text)
+    try:
+        return make_mesh(config)
+    except InputError as error:
+        raise InputError(f'--mesh={text}: {error}') from None
+
+
 def check_exclusive(*names: str) -> None:
     """Raises InputError where more than one of these flags is given."""
     given = [f'--{name}' for name in names if flags.FLAGS[name].present]
@@ -93,7 +127,7 @@ def _explain(error: Exception) -> str:
     if missing:
         hint = re.search(r'Did you mean "(\w+)"', text)
         wrong = [a.split('=')[0] for a in sys.argv[1:] if re.search(rf'\.{missing[1]}(\.|$)', a.split('=')[0])]
-        advice = f'did you mean {hint[1]}?' if hint else 'configs/base.py lists the keys'
+        advice = f'did you mean {hint[1]}?' if hint else '--help_config lists the keys'
         return f'{wrong[0] if wrong else missing[1]}: there is no such key; {advice}'
     given = [a for a in sys.argv[1:] if a.startswith('--config')]
     return f'{" ".join(given)}: {type(error).__name__}: {text}'
@@ -111,6 +145,8 @@ def _help(doc: str, key_flags: Sequence[str]) -> str:
         default = '' if flag.default in (None, '') else f' (default: {flag.default})'
         help_text = re.sub(r'^path to config file\.$', 'the experiment, a file of configs/', flag.help)
         lines.append(f'  --{name}: {help_text}{default}')
+    if 'config' in key_flags:
+        lines.append('  --help_config: print every key of an experiment, with its default and what it means')
     return '\n'.join(lines)
 
 

@@ -36,10 +36,10 @@ def main() -> None:
     # Nothing is run: devices that are here stay free for others.
     jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
-    from gpt_jax.training import RunConfig, plans, prefer_overrides
+    from gpt_jax.training import plans, prefer_overrides, resolve
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
-    run = RunConfig.resolve(config)
+    run = resolve(config)
     devices = planning.topology_devices(TOPOLOGY.value) if TOPOLOGY.value else None
     count = DEVICES.value or (len(devices) if devices else 1)
     if devices and count != len(devices):

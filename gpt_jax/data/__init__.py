@@ -4,7 +4,7 @@
 function of (seed, step).
 """
 
-from gpt_jax.data.config import DataConfig
+from gpt_jax.config import DataConfig
 from gpt_jax.data.corpus import Corpus
 from gpt_jax.data.documents import document_places
 from gpt_jax.data.loader import Batches, prefetch, validation_batches

@@ -14,8 +14,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data import hub, local, python_docs
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, split_of
 from gpt_jax.errors import InputError
 

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
 from gpt_jax.data import layout
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, split_of
 from gpt_jax.data.rows import parquet_rows
 from gpt_jax.data.wikitext import articles

@@ -17,9 +17,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
 from gpt_jax.data import digests
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, split_of
 from gpt_jax.data.encoding import safe_end
 from gpt_jax.data.rows import compressed, json_rows, parquet_rows

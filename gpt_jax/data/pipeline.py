@@ -11,10 +11,10 @@ from typing import Any
 
 import tqdm
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data import corpora, manifest
 from gpt_jax.data import tokenizer as tokenizers
 from gpt_jax.data.building import PARTS, Job, lock, read_report
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.corpus import SPLITS, Corpus, empty_split
 from gpt_jax.data.encoding import pieces, shorten_words, up_to
 from gpt_jax.data.manifest import SOURCE, TOKENIZER, digest

@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
+from gpt_jax.config import DataConfig
 from gpt_jax.data import corpora, pipeline
 from gpt_jax.data.building import PARTS, lock
-from gpt_jax.data.config import DataConfig
 from gpt_jax.data.encoding import up_to
 from gpt_jax.data.manifest import TOKENIZER, digest
 from gpt_jax.data.mixture import Source, parse_mixture

@@ -1,8 +1,8 @@
 """The ground floor: the device mesh, what is sharded along which axis, and constraints on activations."""
 
+from gpt_jax.config import MeshConfig
 from gpt_jax.parallel.mesh import (
     AXES,
-    MeshConfig,
     activate,
     axis_sizes,
     constrain,
@@ -10,6 +10,7 @@ from gpt_jax.parallel.mesh import (
     make_abstract_mesh,
     make_mesh,
     on_one_device,
+    parse_mesh,
 )
 from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
 
@@ -25,6 +26,7 @@ __all__ = [
     'make_mesh',
     'on_one_device',
     'parameter_spec',
+    'parse_mesh',
     'path_name',
     'replicated',
     'tree_shardings',

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gpt_jax.config import MeshConfig
 from gpt_jax.errors import InputError
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
@@ -31,14 +32,24 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 _active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar('gpt_jax_mesh', default=None)
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; one axis may be -1: whatever the others leave."""
+def parse_mesh(text: str) -> MeshConfig:
+    """A mesh as a flag gives it: 'fsdp:8,tensor:2' -> MeshConfig(data=1, fsdp=8, tensor=2, context=1).
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
+    An axis that is not named has size 1; one may be -1, whatever the others leave.
+
+    Raises:
+      InputError: the text is no such list, names an axis twice, or `context`, which needs ring attention.
+    """
+    way_out = 'write it as --mesh=fsdp:8,tensor:2, with sizes of data, fsdp and tensor'
+    sizes: dict[str, int] = {}
+    for part in text.split(','):
+        axis, _, size = (word.strip() for word in part.partition(':'))
+        if axis not in AXES or axis in sizes or not (size == '-1' or (size.isascii() and size.isdigit() and int(size))):
+            raise InputError(f'--mesh={text}: {part.strip()!r} is not a new axis with its number of devices; {way_out}')
+        sizes[axis] = int(size)
+    if sizes.get('context', 1) != 1:
+        raise InputError(f'--mesh={text}: context splits texts over devices, which is not possible yet; {way_out}')
+    return MeshConfig(**dict.fromkeys(AXES, 1) | sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from gpt_jax.training.config import RunConfig, prefer_overrides
-from gpt_jax.training.recipe import recipe
+from gpt_jax.config import RunConfig, prefer_overrides
+from gpt_jax.training.recipe import recipe_values, resolve
 
-__all__ = ['RunConfig', 'TrainResult', 'prefer_overrides', 'recipe', 'train']
+__all__ = ['RunConfig', 'TrainResult', 'prefer_overrides', 'recipe_values', 'resolve', 'train']
 
 
 def __getattr__(name: str) -> Any:

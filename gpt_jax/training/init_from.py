@@ -13,22 +13,6 @@ from gpt_jax.models import GPTConfig
 if TYPE_CHECKING:
     from gpt_jax import checkpoints
 
-# Fields of GPTConfig that come with weights; the others (dropout, remat, scan_layers, compute_dtype) are the run's own.
-ARCHITECTURE = (
-    'vocab_size',
-    'block_size',
-    'n_layer',
-    'n_head',
-    'd_model',
-    'mlp_expansion',
-    'attention_pattern',
-    'band_size',
-    'qkv_bias',
-    'attention_scale',
-    'tie_embeddings',
-    'layer_norm_epsilon',
-)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
@@ -73,39 +57,6 @@ class Source:
             raise InputError(f'train.init_from={path}: {error}') from None
         record = {'path': path, 'step': None if found.huggingface else found.step, 'model': meta['model']}
         return cls(path, GPTConfig(**meta['model']), Tokenizer.from_json(meta['tokenizer']), found, record)
-
-    def fill(self, settings: dict[str, dict[str, Any]]) -> None:
-        """Sets the unset keys of the architecture, and `data.tokenizer`, to what the source has.
-
-        Args:
-          settings: section -> key -> value, None where unset; changed in place.
-
-        Raises:
-          InputError: naming every key that is set to something else with both values. A `block_size` below the
-            source's is none of them: the position table is cut then.
-        """
-        model, data = settings['model'], settings['data']
-        ours = {f'model.{key}': model[key] for key in ARCHITECTURE} | {'data.tokenizer': data['tokenizer']}
-        theirs = {f'model.{key}': getattr(self.model, key) for key in ARCHITECTURE}
-        theirs['data.tokenizer'] = self.tokenizer.kind
-        longest = self.model.block_size
-        if (model['block_size'] or longest) < longest:
-            del theirs['model.block_size']
-        conflicts = [
-            f'{name}={ours[name]} and there {value}'
-            for name, value in theirs.items()
-            if ours[name] is not None and ours[name] != value
-        ]
-        if conflicts:
-            preset = '' if model['preset'] is None else f'; model.preset={model["preset"]} sets some of them'
-            raise InputError(
-                f'train.init_from={self.path} is of another kind than this config: here {", here ".join(conflicts)}'
-                f'{preset}; leave these keys unset (a model.block_size below {longest} is possible), or start from '
-                'another checkpoint'
-            )
-        for name, value in theirs.items():
-            section, key = name.split('.')
-            settings[section][key] = value
 
     def load(self, block_size: int, shardings: Callable[[Any], Any], log: Callable[[str], None]) -> Any:
         """The parameters, float32, and in `record` what they are.

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 
 from gpt_jax.checkpoints import Checkpoints, latest_meta
+from gpt_jax.config import RunConfig, parse
 from gpt_jax.data import Batches, Tokenizer, prefetch
 from gpt_jax.models import GPT
 from gpt_jax.parallel import tree_shardings
 from gpt_jax.training import workdir as workdirs
-from gpt_jax.training.config import RunConfig
+from gpt_jax.training.init_from import Source
 from gpt_jax.training.metrics import MetricsLog, Throughput, Waits, model_flops_utilisation, read_rows
 from gpt_jax.training.milestones import Milestones, Sampler, not_finite
 from gpt_jax.training.progress import Progress, plot_loss
+from gpt_jax.training.recipe import resolve
 from gpt_jax.training.setup import Experiment, build, is_first_process
 from gpt_jax.training.state import TrainState, abstract_state, init_state, start_state
 from gpt_jax.training.step import make_put_batch, make_train_step
@@ -64,7 +66,8 @@ def train(
     workdir = pathlib.Path(workdir).expanduser()
     recorded = latest_meta(workdir / 'checkpoints')
     start = recorded['step'] if recorded else 0
-    run = RunConfig.resolve(config, recorded)
+    path = parse(config).train.init_from
+    run = resolve(config, None if path is None else Source.find(path, recorded))
     workdirs.check(workdir, run)
     log = print if is_first_process() else (lambda _: None)
     with Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best) as checkpoints:

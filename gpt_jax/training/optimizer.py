@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import optax
 
+from gpt_jax.config import OptimizerConfig, RunConfig
 from gpt_jax.errors import InputError
 from gpt_jax.parallel.sharding import path_name
-from gpt_jax.training.config import OptimizerConfig, RunConfig
 
 # Matrices and embeddings decay, gains and biases do not (GPT-1, section 4.1: "on all non bias or gain weights"). By
 # name, since stacked over the layers a bias has two dimensions; each parameter must match exactly one of the two.

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
+from gpt_jax.config import RunConfig, as_dict
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.models.presets import GPT2_VOCAB_SIZE
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_abstract_mesh, make_mesh
-from gpt_jax.training.config import RunConfig, as_dict
+from gpt_jax.training import recipe as recipes
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.recipe import facts, notes, provenance
 from gpt_jax.training.state import TrainState, abstract_state
@@ -36,7 +37,7 @@ def model_config(run: RunConfig) -> GPTConfig:
     characters there are: 256 stand for them.
     """
     sizes = {'bpe': run.data.vocab_size, 'char': 256}
-    return run.model_config(run.model.vocab_size or sizes.get(run.data.tokenizer, GPT2_VOCAB_SIZE))
+    return recipes.model_config(run, run.model.vocab_size or sizes.get(run.data.tokenizer, GPT2_VOCAB_SIZE))
 
 
 def training_tokens(run: RunConfig) -> int | None:

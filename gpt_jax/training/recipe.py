@@ -1,35 +1,123 @@
-"""How GPT-2 and GPT-3 were trained: the values that fill an experiment's unset keys, and the facts beside them."""
+"""How GPT-2 and GPT-3 were trained, every value with its source, and how an experiment's unset keys are filled.
+
+A source begins with "paper" and the section, or with "assumed" and whose habit it is: what a paper does not tell.
+"""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from gpt_jax.data import DataConfig
+from gpt_jax.config import FIELDS, LENGTHS, WEIGHTS_KEYS, RunConfig, as_dict, parse
 from gpt_jax.errors import InputError
 from gpt_jax.models import PRESETS, GPTConfig
-from gpt_jax.training.init_from import Source
-from gpt_jax.training.recipe_values import (
-    CORRECTIONS,
-    GPT2_FACTS,
-    GPT2_KEYS,
-    GPT3,
-    GPT3_FACTS,
-    GPT3_KEYS,
-    GPT3_SIZES,
-    SUITE_TIERS,
-    TABLE,
-    Size,
-    Value,
-)
+from gpt_jax.models.config import ASSUMED_BAND_SIZE
 
-# Keys of which one stands for the others: setting one in a config or on the command line replaces the recipe's.
-LENGTHS = {
-    ('train', 'length'): ('steps', 'tokens', 'epochs'),
-    ('schedule', 'warmup'): ('warmup_steps', 'warmup_tokens', 'warmup_epochs'),
-    ('schedule', 'decay'): ('decay_steps', 'decay_tokens', 'decay_epochs'),
+if TYPE_CHECKING:
+    from gpt_jax.training.init_from import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One value of a recipe, and where it is from."""
+
+    value: Any
+    source: str
+
+
+GPT1 = 'assumed: unpublished for GPT-2, GPT-1 paper section 4.1'
+GPT3 = 'paper: GPT-3, appendix B'
+TABLE = 'paper: GPT-3, table 2.1'
+
+GPT2_KEYS = {
+    'model.attention_pattern': Value('dense', 'paper: GPT-2, section 2.3, as in GPT-1'),
+    'model.dropout': Value(0.1, GPT1),
+    'optimizer.learning_rate': Value(2.5e-4, f'{GPT1}; GPT-2 section 2.3 says it was tuned by hand for each size'),
+    'optimizer.beta1': Value(0.9, "assumed: Adam's default, as in GPT-1's code"),
+    'optimizer.beta2': Value(0.999, "assumed: Adam's default, as in GPT-1's code"),
+    'optimizer.epsilon': Value(1e-8, "assumed: Adam's default, as in GPT-1's code"),
+    'optimizer.weight_decay': Value(0.01, GPT1),
+    'optimizer.clip_norm': Value(1.0, "assumed: GPT-1's code"),
+    'schedule.warmup_steps': Value(2000, GPT1),
+    'schedule.final_fraction': Value(0.0, f'{GPT1}: cosine to 0, over the whole run'),
+    'train.batch_size': Value(512, 'paper: GPT-2, section 2.3'),
+}
+
+GPT3_KEYS = {
+    'model.attention_pattern': Value('alternating', 'paper: GPT-3, section 2.1'),
+    'model.dropout': Value(0.0, 'assumed: the paper states none'),
+    'optimizer.beta1': Value(0.9, GPT3),
+    'optimizer.beta2': Value(0.95, GPT3),
+    'optimizer.epsilon': Value(1e-8, GPT3),
+    'optimizer.weight_decay': Value(0.1, GPT3),
+    'optimizer.clip_norm': Value(1.0, GPT3),
+    'schedule.warmup_tokens': Value(375_000_000, GPT3),
+    'schedule.decay_tokens': Value(260_000_000_000, GPT3),
+    'schedule.final_fraction': Value(0.1, GPT3),
 }
 
 
-def recipe(version: str, preset: str | None = None) -> dict[str, Value]:
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A row of GPT-3's table 2.1.
+
+    Attributes:
+      learning_rate: at its peak.
+      batch_size: sequences of 2048 tokens (0.5M tokens = 256 of them, 1M = 512, 2M = 1024, 3.2M = 1600).
+      ramp_tokens: over which the batch grows to its full size. Appendix B says "over the first 4-12 billion tokens of
+        training, depending on the model size" and no more: which size has which is assumed here.
+    """
+
+    learning_rate: float
+    batch_size: int
+    ramp_tokens: int
+
+
+GPT3_SIZES = {
+    'gpt3-125m': Size(6.0e-4, 256, 4_000_000_000),
+    'gpt3-350m': Size(3.0e-4, 256, 4_000_000_000),
+    'gpt3-760m': Size(2.5e-4, 256, 4_000_000_000),
+    'gpt3-1.3b': Size(2.0e-4, 512, 6_000_000_000),
+    'gpt3-2.7b': Size(1.6e-4, 512, 6_000_000_000),
+    'gpt3-6.7b': Size(1.2e-4, 1024, 8_000_000_000),
+    'gpt3-13b': Size(1.0e-4, 1024, 8_000_000_000),
+    'gpt3-175b': Size(0.6e-4, 1600, 12_000_000_000),
+}
+
+# Facts of a training that no key holds: they are printed, and training does not read them.
+GPT2_FACTS = {
+    'context': Value(1024, 'paper: GPT-2, section 2.3'),
+    'training_tokens': Value(None, 'assumed: none; the paper tells neither steps nor epochs'),
+    'batch_ramp': Value(None, 'assumed: none, the paper mentions none'),
+}
+GPT3_FACTS = {
+    'context': Value(2048, 'paper: GPT-3, section 2.1'),
+    'band_size': Value(ASSUMED_BAND_SIZE, "assumed: GPT-Neo's window, the paper gives none"),
+    'training_tokens': Value(300_000_000_000, TABLE),
+    'ramp_first_tokens': Value(32_000, GPT3),
+}
+
+# Rows of table 2.1 that contradict themselves, since heads x head width must be d_model.
+CORRECTIONS = {
+    'gpt3-1.3b': (
+        'Table 2.1 gives 24 heads of 128 at width 2048, but 24 x 128 = 3072: here 16 heads of 128, '
+        'which makes the 1.3 billion parameters of its name.'
+    ),
+    'gpt3-13b': (
+        'Table 2.1 gives width 5140 with 40 heads of 128, but 40 x 128 = 5120: here width 5120, '
+        'which makes the 13 billion parameters of its name.'
+    ),
+}
+
+# The suite's tiers, and a GPT-3 of no published size, take the values of the paper's row nearest in parameters.
+SUITE_TIERS = {
+    'gpt3-ada': 'gpt3-125m',
+    'gpt3-babbage': 'gpt3-350m',
+    'gpt3-curie': 'gpt3-2.7b',
+    'gpt3-davinci': 'gpt3-175b',
+}
+
+
+def recipe_values(version: str, preset: str | None = None) -> dict[str, Value]:
     """The values of 'section.key' for `model.version` and, where one is named, `model.preset`.
 
     Raises:
@@ -51,7 +139,7 @@ def facts(version: str, preset: str | None = None) -> dict[str, Value]:
     full one over `ramp_tokens`: data to read, training does not do it.
 
     Raises:
-      InputError: as `recipe`.
+      InputError: as `recipe_values`.
     """
     if version == 'gpt2':
         return dict(GPT2_FACTS)
@@ -72,7 +160,7 @@ def provenance(settings: dict[str, dict[str, Any]]) -> dict[str, Value]:
     """
     model = settings['model']
     found = {}
-    for name, recipe_value in recipe(model['version'], model['preset']).items():
+    for name, recipe_value in recipe_values(model['version'], model['preset']).items():
         section, key = name.split('.')
         alike = next((keys for group, keys in LENGTHS.items() if group[0] == section and key in keys), (key,))
         given = next((other for other in alike if settings[section][other] is not None), key)
@@ -108,35 +196,103 @@ def _row(version: str, preset: str | None) -> tuple[Size, str]:
     return GPT3_SIZES[row], TABLE if row == preset else f'assumed: as {row} in {TABLE}'
 
 
-def fill(settings: dict[str, dict[str, Any]], source: Source | None = None) -> dict[str, dict[str, Any]]:
-    """`settings` (section -> key -> value, None where unset) with its unset keys filled in.
+def resolve(config: Mapping[str, Any] | RunConfig, weights: 'Source | None' = None) -> RunConfig:
+    """The experiment with its unset keys filled in, and checked: nothing is left to a recipe.
 
-    From the preset, the source of the weights, the recipe, and the defaults of GPTConfig and DataConfig, in this order.
+    From the preset, the weights that the run starts from, the recipe, and the defaults, in this order.
+
+    Args:
+      config: a ConfigDict of `gpt_jax.config.base`'s keys, nested dicts, or a RunConfig.
+      weights: what `train.init_from` names, where the caller has found it already.
 
     Raises:
-      InputError: version or preset is unknown, or a key contradicts the source.
+      InputError: a key is missing, unknown, of another type or out of range, two keys contradict each other or the
+        weights, or these cannot be found.
     """
-    settings = {section: dict(values) for section, values in settings.items()}
+    given = parse(config)
+    if given.train.init_from is not None and weights is None:
+        from gpt_jax.training.init_from import Source
+
+        weights = Source.find(given.train.init_from)
+    settings = as_dict(given)
     model = settings['model']
     if model['preset'] is not None:
         if model['preset'] not in PRESETS:
             raise InputError(f'model.preset={model["preset"]!r} is not one of {", ".join(PRESETS)}')
-        for key in ('block_size', 'n_layer', 'n_head', 'd_model', 'attention_pattern'):
-            if model[key] is None:
-                model[key] = getattr(PRESETS[model['preset']], key)
-    if source is not None:
-        source.fill(settings)
-    given = {group for group in LENGTHS if any(settings[group[0]][key] is not None for key in LENGTHS[group])}
-    for name, value in recipe(model['version'], model['preset']).items():
-        section, key = name.split('.')
-        replaced = any(group in given and group[0] == section and key in keys for group, keys in LENGTHS.items())
-        if settings[section][key] is None and not replaced:
-            settings[section][key] = value.value
-    for key in ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout'):
-        if model[key] is None:
-            model[key] = model['dropout']
-    for section, described in (('model', GPTConfig), ('data', DataConfig)):
-        for field in dataclasses.fields(described):
-            if field.default is not dataclasses.MISSING and settings[section].get(field.name, 0) is None:
-                settings[section][field.name] = field.default
-    return settings
+        for name in ('block_size', 'n_layer', 'n_head', 'd_model', 'attention_pattern'):
+            if model[name] is None:
+                model[name] = getattr(PRESETS[model['preset']], name)
+    if weights is not None:
+        _take_over(settings, weights)
+    lengths_given = {group for group, names in LENGTHS.items() if any(settings[group[0]][n] is not None for n in names)}
+    for full_name, value in recipe_values(model['version'], model['preset']).items():
+        section, name = full_name.split('.')
+        replaced = any(group in lengths_given and group[0] == section and name in LENGTHS[group] for group in LENGTHS)
+        if settings[section][name] is None and not replaced:
+            settings[section][name] = value.value
+    for name in ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout'):
+        if model[name] is None:
+            model[name] = model['dropout']
+    for section, name, field in FIELDS:
+        if settings[section][name] is None:
+            settings[section][name] = field.default
+    for field in dataclasses.fields(GPTConfig):
+        if field.default is not dataclasses.MISSING and model.get(field.name, 0) is None:
+            model[field.name] = field.default
+    for name in ('block_size', 'n_layer', 'n_head', 'd_model'):
+        if model[name] is None:
+            raise InputError(f'model.{name} is unset: give it, or a model.preset')
+    run = parse(settings)
+    model_config(run, run.model.vocab_size or 1)
+    run.check()
+    run.data.check()
+    return given if run == given else run
+
+
+def _take_over(settings: dict[str, dict[str, Any]], weights: 'Source') -> None:
+    """Sets the unset keys of the architecture, and `data.tokenizer`, to what the weights have.
+
+    Raises InputError, naming every key that is set to something else with both values. A `block_size` below that of the
+    weights is none of them: the position table is cut then.
+    """
+    model, data = settings['model'], settings['data']
+    ours = {f'model.{name}': model[name] for name in WEIGHTS_KEYS} | {'data.tokenizer': data['tokenizer']}
+    theirs = {f'model.{name}': getattr(weights.model, name) for name in WEIGHTS_KEYS}
+    theirs['data.tokenizer'] = weights.tokenizer.kind
+    longest = weights.model.block_size
+    if (model['block_size'] or longest) < longest:
+        del theirs['model.block_size']
+    conflicts = [
+        f'{name}={ours[name]} and there {value}'
+        for name, value in theirs.items()
+        if ours[name] is not None and ours[name] != value
+    ]
+    if conflicts:
+        preset = '' if model['preset'] is None else f'; model.preset={model["preset"]} sets some of them'
+        raise InputError(
+            f'train.init_from={weights.path} is of another kind than this config: here {", here ".join(conflicts)}'
+            f'{preset}; leave these keys unset (a model.block_size below {longest} is possible), or start from '
+            'another checkpoint'
+        )
+    for full_name, value in theirs.items():
+        section, name = full_name.split('.')
+        settings[section][name] = value
+
+
+def model_config(run: RunConfig, vocab_size: int) -> GPTConfig:
+    """The architecture of a run, for a tokenizer of `vocab_size` tokens.
+
+    Raises:
+      InputError: an architecture that cannot be, or `model.vocab_size` is too small for the tokenizer.
+    """
+    settings = as_dict(run)['model']
+    for name in ('version', 'preset', 'dropout'):
+        del settings[name]
+    if settings['vocab_size'] is None:
+        settings['vocab_size'] = vocab_size
+    if settings['vocab_size'] < vocab_size:
+        raise InputError(
+            f'model.vocab_size={settings["vocab_size"]} is smaller than the {vocab_size} tokens of the tokenizer; '
+            'leave it unset'
+        )
+    return GPTConfig(**settings, compute_dtype=run.precision.compute)

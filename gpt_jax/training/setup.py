@@ -9,13 +9,14 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from gpt_jax.config import RunConfig, as_record
 from gpt_jax.data import Tokenizer, TrainingData, prepare_sources
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
 from gpt_jax.parallel import make_mesh
-from gpt_jax.training.config import RunConfig, as_dict
 from gpt_jax.training.init_from import Source
 from gpt_jax.training.optimizer import Lengths, lengths, make_optimizer, make_schedule
+from gpt_jax.training.recipe import model_config
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Experiment:
     def describe(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to use the model, and to know how to go on with the run."""
         return {
-            'config': as_dict(self.run),
+            'config': as_record(self.run),
             'model': dataclasses.asdict(self.model.config),
             'tokenizer': self.data.tokenizer.to_json(),
             'tokenizer_fingerprint': self.data.tokenizer.fingerprint,
@@ -86,7 +87,7 @@ def build(run: RunConfig, workdir: pathlib.Path, recorded: dict[str, Any] | None
         workdir=workdir,
         mesh=mesh,
         data=data,
-        model=GPT(run.model_config(data.tokenizer.vocab_size)),
+        model=GPT(model_config(run, data.tokenizer.vocab_size)),
         lengths=resolved,
         schedule=schedule,
         optimizer=make_optimizer(run.optimizer, schedule),

@@ -5,8 +5,8 @@ import os
 import pathlib
 from typing import Any
 
+from gpt_jax.config import RunConfig, as_record, differing_keys
 from gpt_jax.errors import InputError
-from gpt_jax.training.config import RunConfig, as_dict, differing_keys
 
 # In place of the last step to keep in a log: a run without a checkpoint starts anew, and writes of step 0 again.
 NOTHING = -1
@@ -27,7 +27,7 @@ def check(workdir: pathlib.Path, run: RunConfig) -> None:
         recorded = json.loads(path.read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise InputError(f'{path} is not JSON; choose another --workdir, or restore that file') from None
-    if lines := differing_keys(recorded, as_dict(run)):
+    if lines := differing_keys(recorded, run, str(path)):
         raise InputError(
             f'--workdir={workdir} holds a run of another config ({"; ".join(lines)}); '
             'choose another --workdir or give these keys their old values'
@@ -36,7 +36,7 @@ def check(workdir: pathlib.Path, run: RunConfig) -> None:
 
 def write_config(workdir: pathlib.Path, run: RunConfig) -> None:
     """Records the resolved experiment in config.json."""
-    _write(workdir / 'config.json', json.dumps(as_dict(run), indent=2) + '\n')
+    _write(workdir / 'config.json', json.dumps(as_record(run), indent=2) + '\n')
 
 
 def _write(path: pathlib.Path, text: str) -> None:

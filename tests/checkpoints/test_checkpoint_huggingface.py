@@ -12,6 +12,7 @@ from gpt_jax import checkpoints
 from gpt_jax.data.tokenizer import Tokenizer, train_bpe, train_char
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPTConfig, huggingface
+from gpt_jax.parallel import MeshConfig, make_mesh, tree_shardings
 
 CONFIG = GPTConfig(vocab_size=260, block_size=8, n_layer=2, n_head=2, d_model=16)
 TOKENIZER = train_bpe(['a text'], 257)
@@ -63,6 +64,26 @@ def test_its_parameters_go_where_a_sharding_says(folder, params):
     assert loaded['blocks']['mlp']['up']['kernel'].sharding == everywhere
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert checkpoints.load(folder, sharding=everywhere).params['wte'].sharding == everywhere
+
+
+def test_a_model_is_split_over_a_mesh_by_the_rules_of_training(folder, params, tmp_path):
+    checkpoints.import_huggingface(folder, tmp_path / 'checkpoint')
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    for path in (folder, tmp_path / 'checkpoint'):
+        loaded = checkpoints.load_model(path, mesh=mesh).params
+        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+        assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == tree_shardings(mesh, params, params)
+        for name, leaf in (('wte', loaded['wte']), ('up', loaded['blocks']['mlp']['up']['kernel'])):
+            assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}, name
+
+
+def test_a_mesh_that_does_not_divide_a_model_is_refused(tmp_path):
+    narrow = dataclasses.replace(CONFIG, d_model=4)
+    shapes = huggingface.parameter_shapes(narrow)
+    huggingface.save(tmp_path / 'narrow', narrow, jax.tree.map(lambda leaf: np.ones(leaf.shape, 'f'), shapes))
+    TOKENIZER.save(tmp_path / 'narrow' / 'tokenizer.json')
+    with pytest.raises(InputError, match=r'mesh.fsdp=8 does not divide a dimension of 4 in'):
+        checkpoints.load_model(tmp_path / 'narrow', mesh=make_mesh(MeshConfig(data=1, fsdp=8)))
 
 
 def test_imported_it_is_a_checkpoint_of_the_same_content(folder, params, tmp_path):

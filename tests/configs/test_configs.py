@@ -1,25 +1,22 @@
 """Every shipped experiment loads, resolves, and describes a run that could be started."""
 
 import ast
-import dataclasses
 import importlib
-import io
 import pathlib
 import re
-import tokenize
 
 import jax
 import pytest
 
+from gpt_jax.config import FIELDS, as_dict
 from gpt_jax.models import GPT, PRESETS
 from gpt_jax.parallel import MeshConfig, make_mesh
-from gpt_jax.training import RunConfig
-from gpt_jax.training.config import as_dict
+from gpt_jax.training import resolve
 from gpt_jax.training.optimizer import lengths, make_optimizer, make_schedule
+from gpt_jax.training.recipe import model_config
 from gpt_jax.training.state import abstract_state
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'configs'
-BASE = FOLDER / 'base.py'
 GPT3_SIZES = ('125m', '350m', '760m', '1.3b', '2.7b', '6.7b', '13b', '175b', 'ada', 'babbage', 'curie', 'davinci')
 DELTAS = sorted(path.stem for path in FOLDER.glob('*.py') if path.stem not in ('__init__', 'base'))
 EXPERIMENTS = [(name, ()) for name in DELTAS] + [('gpt3', (size,)) for size in GPT3_SIZES]
@@ -33,48 +30,13 @@ def keys(config):
     return {f'{section}.{key}' for section, values in config.to_dict().items() for key in values}
 
 
-def base_keys_with_comments():
-    """'section.key' -> the comment on the line or lines of that entry of base.py, '' where there is none."""
-    source = BASE.read_text(encoding='utf-8')
-    comments = {
-        token.start[0]: token.string
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-
-    def table_of(function):
-        return next(node for node in ast.walk(functions[function]) if isinstance(node, ast.Dict))
-
-    found = {}
-    table = table_of('get_config')
-    for section, values in zip(table.keys, table.values, strict=True):
-        if isinstance(values, ast.Call):  # a large section is a function of its own
-            values = table_of(values.func.id)
-        for key, value in zip(values.keys, values.values, strict=True):
-            lines = range(key.lineno, value.end_lineno + 1)
-            found[f'{section.value}.{key.value}'] = ' '.join(comments.get(line, '') for line in lines).strip()
-    return found
-
-
-def test_every_key_of_base_has_a_comment_on_its_line():
-    described = base_keys_with_comments()
-    assert described.keys() == keys(load('base'))
-    assert [key for key, comment in described.items() if len(comment) < len('# words')] == []
-
-
 def test_every_key_of_base_is_a_field_of_the_dataclasses_and_every_field_a_key():
-    fields = {
-        f'{section.name}.{field.name}'
-        for section in dataclasses.fields(RunConfig)
-        for field in dataclasses.fields(section.type)
-    }
-    assert keys(load('base')) == fields
+    assert keys(load('base')) == {f'{section}.{name}' for section, name, _ in FIELDS}
 
 
 def test_base_alone_says_what_is_missing():
     with pytest.raises(ValueError, match=r'model\.block_size is unset'):
-        RunConfig.resolve(load('base'))
+        resolve(load('base'))
 
 
 @pytest.mark.parametrize(('name', 'arguments'), EXPERIMENTS, ids=lambda value: ''.join(value) or 'default')
@@ -83,13 +45,13 @@ def test_an_experiment_is_a_small_change_of_base_that_makes_a_run(name, argument
     assert keys(config) == keys(load('base'))
     if config.train.init_from is not None:  # weights that the reader has, and a test has not
         config.train.init_from = str(tiny_gpt2)
-    run = RunConfig.resolve(config)
+    run = resolve(config)
     # What the data room finds out from the corpus: stands for a vocabulary, and for the windows of an epoch.
     vocab_size = {'gpt2': 50257, 'char': 65, 'bpe': run.data.vocab_size}[run.data.tokenizer]
     resolved = lengths(run, windows_per_epoch=50_000)
     assert 0 <= resolved.warmup < resolved.decay
     assert resolved.total > 0
-    model = GPT(run.model_config(run.model.vocab_size or vocab_size))
+    model = GPT(model_config(run, run.model.vocab_size or vocab_size))
     schedule = make_schedule(run, resolved)
     # Every published size can be split over eight devices, of which no memory is taken.
     mesh = make_mesh(MeshConfig(data=1, fsdp=8), devices=jax.devices())
@@ -109,7 +71,7 @@ def test_an_experiment_is_a_small_change_of_base_that_makes_a_run(name, argument
 )  # fmt: skip
 def test_a_published_size_is_that_of_its_preset(name, preset):
     name, _, argument = name.partition(':')
-    model = RunConfig.resolve(load(name, *filter(None, [argument]))).model
+    model = resolve(load(name, *filter(None, [argument]))).model
     expected = PRESETS[preset]
     for key in ('block_size', 'n_layer', 'n_head', 'd_model'):
         assert getattr(model, key) == getattr(expected, key)
@@ -124,10 +86,10 @@ def test_the_sizes_of_gpt3_are_all_of_the_presets():
 
 def test_an_experiment_resolves_to_the_same_from_a_dict_and_from_itself():
     config = load('smoke')
-    run = RunConfig.resolve(config)
-    assert RunConfig.resolve(config.to_dict()) == run
-    assert RunConfig.resolve(run) is run
-    assert RunConfig.resolve(as_dict(run)) == run
+    run = resolve(config)
+    assert resolve(config.to_dict()) == run
+    assert resolve(run) is run
+    assert resolve(as_dict(run)) == run
 
 
 @pytest.mark.parametrize('name', DELTAS)

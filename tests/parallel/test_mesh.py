@@ -7,7 +7,16 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from gpt_jax.errors import InputError
-from gpt_jax.parallel import AXES, MeshConfig, activate, constrain, current_mesh, make_abstract_mesh, make_mesh
+from gpt_jax.parallel import (
+    AXES,
+    MeshConfig,
+    activate,
+    constrain,
+    current_mesh,
+    make_abstract_mesh,
+    make_mesh,
+    parse_mesh,
+)
 
 
 def sizes(mesh):
@@ -76,6 +85,39 @@ def test_impossible_sizes_are_refused_on_one_line_with_every_key_and_its_value(c
 def test_a_product_that_misses_the_devices_is_refused_with_their_number():
     with pytest.raises(InputError, match=r'\b8 devices'):
         make_mesh(MeshConfig(data=3))
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('fsdp:8', MeshConfig(1, 8, 1, 1)),
+        ('fsdp:8,tensor:2', MeshConfig(1, 8, 2, 1)),
+        (' tensor: 2, data:-1 ', MeshConfig(-1, 1, 2, 1)),
+        ('data:2,context:1', MeshConfig(2, 1, 1, 1)),
+    ],
+)
+def test_a_flag_names_axes_with_their_sizes_and_the_others_are_one(text, expected):
+    assert parse_mesh(text) == expected
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('', "'' is not a new axis"),
+        ('fsdp', "'fsdp' is not a new axis"),
+        ('fsdp:0', "'fsdp:0' is not"),
+        ('fsdp:-2', "'fsdp:-2' is not"),
+        ('fsdp:two', "'fsdp:two' is not"),
+        ('model:2', "'model:2' is not"),
+        ('fsdp:2,fsdp:4', "'fsdp:4' is not a new axis"),
+        ('fsdp:2,', "'' is not"),
+        ('context:2', 'context splits texts over devices, which is not possible yet'),
+        ('context:-1', 'context splits texts'),
+    ],
+)
+def test_a_flag_that_names_no_mesh_is_refused_with_the_way_to_write_it(text, message):
+    with pytest.raises(InputError, match=f'^--mesh={text}: .*{message}.*; write it as --mesh=fsdp:8,tensor:2'):
+        parse_mesh(text)
 
 
 def test_a_constraint_is_a_no_op_without_a_mesh_and_on_one_device():

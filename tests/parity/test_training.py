@@ -14,7 +14,7 @@ import peers  # noqa: E402
 
 from gpt_jax.models import GPT  # noqa: E402
 from gpt_jax.parallel import MeshConfig, make_mesh  # noqa: E402
-from gpt_jax.training.config import RunConfig  # noqa: E402
+from gpt_jax.training import resolve  # noqa: E402
 from gpt_jax.training.optimizer import Lengths, make_optimizer, make_schedule  # noqa: E402
 from gpt_jax.training.state import TrainState, abstract_state  # noqa: E402
 from gpt_jax.training.step import make_put_batch, make_train_step  # noqa: E402
@@ -78,7 +78,7 @@ def test_twenty_steps_of_adamw_follow_pytorchs(make, loaded, fidelity, tiny_conf
     optimizer = {'learning_rate': PEAK, 'beta1': BETAS[0], 'beta2': BETAS[1], 'epsilon': EPSILON}
     optimizer |= {'weight_decay': DECAY, 'clip_norm': CLIP}
     changes = {f'optimizer.{key}': value for key, value in optimizer.items()} | {'schedule.final_fraction': FLOOR}
-    experiment = RunConfig.resolve(tiny_config(changes))
+    experiment = resolve(tiny_config(changes))
     # A text that can be learned: the next token is a function of the one before.
     rng = np.random.default_rng(0)
     texts = (np.arange(21) * 7 + rng.integers(0, 300, (STEPS, 8, 1))).astype(np.int32) % 300

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gpt_jax.planning import Setup, setup_memory
-from gpt_jax.training.config import OptimizerConfig
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.state import abstract_state
 from gpt_jax.training.step import make_train_step

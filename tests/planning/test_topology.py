@@ -5,7 +5,7 @@ import pytest
 from gpt_jax.errors import InputError
 from gpt_jax.planning import compile_step, find_device, setup_memory, topology
 from gpt_jax.planning.setup import Setup
-from gpt_jax.training import RunConfig, plans
+from gpt_jax.training import plans, resolve
 
 GIB = 2**30
 # As the compiler words it.
@@ -60,7 +60,7 @@ class TestTpuCompiler:
         config.model.update(n_layer=4, block_size=256)
         config.train.batch_size = 64
         config.mesh.update(data=1, fsdp=4)
-        return RunConfig.resolve(config)
+        return resolve(config)
 
     def test_what_it_allocates_is_not_above_the_estimate_nor_far_below(self):
         run, devices = self.run(), topology.topology_devices('v5e:2x2')

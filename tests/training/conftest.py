@@ -8,9 +8,9 @@ import optax
 import pytest
 from flax.training.dynamic_scale import DynamicScale
 
+from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import MeshConfig, make_mesh
-from gpt_jax.training.config import OptimizerConfig
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.state import abstract_state, init_state
 from gpt_jax.training.step import make_put_batch, make_train_step

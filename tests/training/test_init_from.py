@@ -12,15 +12,16 @@ import optax
 import pytest
 
 from gpt_jax.checkpoints import load
+from gpt_jax.config import WEIGHTS_KEYS, as_dict
 from gpt_jax.data import Batches, DataConfig, Tokenizer, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.inference import sample_text
 from gpt_jax.models import GPT, GPTConfig, huggingface
 from gpt_jax.parallel import MeshConfig, make_mesh, tree_shardings
-from gpt_jax.training import RunConfig, milestones, train
 from gpt_jax.training import evaluate as evaluation
-from gpt_jax.training.config import as_dict
-from gpt_jax.training.init_from import ARCHITECTURE, Source
+from gpt_jax.training import milestones, resolve, train
+from gpt_jax.training.init_from import Source
+from gpt_jax.training.recipe import model_config
 
 OWN = {f'{kind}_dropout' for kind in ('embedding', 'attention', 'mlp', 'resid')} | {
     'remat',
@@ -38,9 +39,9 @@ def tune_config(tiny_config):
 
 
 @pytest.fixture
-def resolve(tune_config, tiny_gpt2):
+def resolved(tune_config, tiny_gpt2):
     """A function: changed keys -> the resolved run that starts from the tiny GPT-2."""
-    return lambda changes=(): RunConfig.resolve(tune_config(tiny_gpt2, changes))
+    return lambda changes=(): resolve(tune_config(tiny_gpt2, changes))
 
 
 def refusal(call, *arguments):
@@ -72,18 +73,18 @@ def held_out_loss(model, params, tokenizer, corpus, block_size):
 
 
 def test_every_field_of_an_architecture_is_the_sources_or_the_runs():
-    assert {field.name for field in dataclasses.fields(GPTConfig)} == {*ARCHITECTURE, *OWN}
-    assert not OWN & set(ARCHITECTURE)
+    assert {field.name for field in dataclasses.fields(GPTConfig)} == {*WEIGHTS_KEYS, *OWN}
+    assert not OWN & set(WEIGHTS_KEYS)
 
 
-def test_unset_keys_of_the_architecture_are_the_sources_and_the_others_the_runs(resolve, tiny_gpt2):
+def test_unset_keys_of_the_architecture_are_the_sources_and_the_others_the_runs(resolved, tiny_gpt2):
     config, _ = huggingface.load(tiny_gpt2)
-    run = resolve({'model.dropout': 0.3, 'model.remat': 'full', 'precision.compute': 'bf16'})
-    ours = run.model_config(config.vocab_size)
-    assert {key: getattr(ours, key) for key in ARCHITECTURE} == {key: getattr(config, key) for key in ARCHITECTURE}
+    run = resolved({'model.dropout': 0.3, 'model.remat': 'full', 'precision.compute': 'bf16'})
+    ours = model_config(run, config.vocab_size)
+    assert {key: getattr(ours, key) for key in WEIGHTS_KEYS} == {key: getattr(config, key) for key in WEIGHTS_KEYS}
     assert (ours.layer_norm_epsilon, run.data.tokenizer) == (1e-2, 'bpe')
     assert (ours.resid_dropout, ours.remat, ours.compute_dtype) == (0.3, 'full', 'bf16')
-    assert RunConfig.resolve(as_dict(run)) == run
+    assert resolve(as_dict(run)) == run
 
 
 def test_a_gpt_neo_brings_its_attention_along(tune_config, tiny_gpt2, tmp_path):
@@ -94,14 +95,14 @@ def test_a_gpt_neo_brings_its_attention_along(tune_config, tiny_gpt2, tmp_path):
     del params['blocks']['attention']['qkv']['bias']
     huggingface.save(tmp_path / 'neo', neo, params)
     shutil.copy(tiny_gpt2 / 'tokenizer.json', tmp_path / 'neo')
-    model = RunConfig.resolve(tune_config(tmp_path / 'neo')).model
+    model = resolve(tune_config(tmp_path / 'neo')).model
     assert (model.qkv_bias, model.attention_scale) == (False, 1.0)
     assert (model.attention_pattern, model.band_size) == ('alternating', 8)
 
 
-def test_keys_that_are_set_to_what_the_source_has_are_no_conflict(resolve):
+def test_keys_that_are_set_to_what_the_source_has_are_no_conflict(resolved):
     same = {'model.n_layer': 2, 'model.block_size': 32, 'model.mlp_expansion': 4, 'data.tokenizer': 'bpe'}
-    assert resolve(same | {'model.qkv_bias': True, 'model.layer_norm_epsilon': 1e-2}) == resolve()
+    assert resolved(same | {'model.qkv_bias': True, 'model.layer_norm_epsilon': 1e-2}) == resolved()
 
 
 @pytest.mark.parametrize(
@@ -122,21 +123,21 @@ def test_keys_that_are_set_to_what_the_source_has_are_no_conflict(resolve):
         ('data.tokenizer', 'char', 'bpe'),
     ],
 )
-def test_a_key_that_is_set_to_something_else_is_named_with_both_values(resolve, tiny_gpt2, key, value, there):
-    message = refusal(resolve, {key: value})
+def test_a_key_that_is_set_to_something_else_is_named_with_both_values(resolved, tiny_gpt2, key, value, there):
+    message = refusal(resolved, {key: value})
     assert f'train.init_from={tiny_gpt2}' in message
     assert f'{key}={value} and there {there}' in message
 
 
-def test_all_conflicts_are_named_at_once_and_the_preset_that_makes_them(resolve):
-    message = refusal(resolve, {'model.preset': 'gpt2-xl'})
+def test_all_conflicts_are_named_at_once_and_the_preset_that_makes_them(resolved):
+    message = refusal(resolved, {'model.preset': 'gpt2-xl'})
     for conflict in ('n_layer=48 and there 2', 'd_model=1600 and there 32', 'block_size=1024 and there 32'):
         assert f'here model.{conflict}' in message
     assert 'model.preset=gpt2-xl sets some of them' in message
 
 
-def test_a_shorter_context_is_allowed(resolve):
-    assert resolve({'model.block_size': 8}).model.block_size == 8
+def test_a_shorter_context_is_allowed(resolved):
+    assert resolved({'model.block_size': 8}).model.block_size == 8
 
 
 def spoil_config(folder, **changes):
@@ -269,7 +270,7 @@ def one_step(config, source, tokenizer):
         logits = GPT(model_config).apply({'params': params}, batch['tokens'])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets']).mean()
 
-    run = RunConfig.resolve(config).optimizer
+    run = resolve(config).optimizer
     decays = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ('kernel', 'wte', 'wpe'), params)
     adamw = optax.adamw(
         run.learning_rate, run.beta1, run.beta2, run.epsilon, weight_decay=run.weight_decay, mask=decays

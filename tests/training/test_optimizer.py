@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from gpt_jax.config import OptimizerConfig
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, GPTConfig
-from gpt_jax.training import RunConfig
-from gpt_jax.training.config import OptimizerConfig
+from gpt_jax.training import resolve
 from gpt_jax.training.optimizer import Lengths, decay_mask, lengths, make_optimizer, make_schedule
 
 DECAYED = {
@@ -29,7 +29,7 @@ DECAYED = {
 @pytest.fixture
 def run(tiny_config):
     """A function: changed keys -> the resolved run."""
-    return lambda changes=(): RunConfig.resolve(tiny_config(changes))
+    return lambda changes=(): resolve(tiny_config(changes))
 
 
 def params_of(tied):

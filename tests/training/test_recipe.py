@@ -2,10 +2,10 @@ import re
 
 import pytest
 
+from gpt_jax.config import as_dict
 from gpt_jax.errors import InputError
 from gpt_jax.models import PRESETS
-from gpt_jax.training import RunConfig, recipe
-from gpt_jax.training.config import as_dict
+from gpt_jax.training import recipe_values, resolve
 from gpt_jax.training.recipe import facts, notes, provenance
 
 # GPT-3 (2020), table 2.1: learning rate, and the batch as tokens are rounded there, in tokens of 2048-token sequences.
@@ -25,7 +25,7 @@ VERSIONS = [('gpt2', None), ('gpt3', None), *(('gpt3', name) for name in PRESETS
 @pytest.mark.parametrize('size', TABLE)
 def test_gpt3_takes_learning_rate_and_batch_from_the_papers_table(size):
     learning_rate, batch_tokens = TABLE[size]
-    values = recipe('gpt3', f'gpt3-{size}')
+    values = recipe_values('gpt3', f'gpt3-{size}')
     assert values['optimizer.learning_rate'].value == learning_rate
     assert values['train.batch_size'].value * 2048 == pytest.approx(batch_tokens, rel=0.05)
     assert values['optimizer.learning_rate'].source == values['train.batch_size'].source == 'paper: GPT-3, table 2.1'
@@ -33,7 +33,7 @@ def test_gpt3_takes_learning_rate_and_batch_from_the_papers_table(size):
 
 @pytest.mark.parametrize('size', TABLE)
 def test_gpt3_takes_the_rest_from_appendix_b(size):
-    values = {key: value.value for key, value in recipe('gpt3', f'gpt3-{size}').items()}
+    values = {key: value.value for key, value in recipe_values('gpt3', f'gpt3-{size}').items()}
     del values['optimizer.learning_rate'], values['train.batch_size']
     assert values == {
         'model.attention_pattern': 'alternating',
@@ -50,7 +50,7 @@ def test_gpt3_takes_the_rest_from_appendix_b(size):
 
 
 def test_gpt2_takes_its_batch_from_the_paper_and_the_rest_from_gpt1():
-    values = recipe('gpt2')
+    values = recipe_values('gpt2')
     assert {key: value.value for key, value in values.items()} == {
         'model.attention_pattern': 'dense',
         'model.dropout': 0.1,
@@ -70,7 +70,7 @@ def test_gpt2_takes_its_batch_from_the_paper_and_the_rest_from_gpt1():
 
 @pytest.mark.parametrize(('version', 'preset'), VERSIONS)
 def test_every_value_has_a_source_that_says_whether_it_is_assumed(version, preset):
-    for key, value in (recipe(version, preset) | facts(version, preset)).items():
+    for key, value in (recipe_values(version, preset) | facts(version, preset)).items():
         assert re.match(r'(paper|assumed): \S', value.source), key
 
 
@@ -79,19 +79,19 @@ def test_every_value_has_a_source_that_says_whether_it_is_assumed(version, prese
     [(None, '125m'), ('gpt3-ada', '125m'), ('gpt3-babbage', '350m'), ('gpt3-curie', '2.7b'), ('gpt3-davinci', '175b')],
 )
 def test_a_size_that_the_paper_does_not_have_takes_the_nearest_row_and_says_so(preset, row):
-    values = recipe('gpt3', preset)
+    values = recipe_values('gpt3', preset)
     assert (values['optimizer.learning_rate'].value, values['train.batch_size'].value) == (
         TABLE[row][0],
-        recipe('gpt3', f'gpt3-{row}')['train.batch_size'].value,
+        recipe_values('gpt3', f'gpt3-{row}')['train.batch_size'].value,
     )
     assert values['train.batch_size'].source.startswith('assumed')
 
 
 def test_a_size_of_another_version_or_an_unknown_version_is_refused():
     with pytest.raises(InputError, match=r"model\.preset='gpt2-small' is not a size of GPT-3"):
-        recipe('gpt3', 'gpt2-small')
+        recipe_values('gpt3', 'gpt2-small')
     with pytest.raises(InputError, match=r"model\.version='gpt5' must be gpt2 or gpt3"):
-        recipe('gpt5')
+        recipe_values('gpt5')
 
 
 def test_the_batch_ramps_from_32k_tokens_over_4_to_12_billion_the_longer_the_larger_the_batch():
@@ -120,7 +120,7 @@ def test_the_two_rows_that_contradict_themselves_and_the_tiers_are_explained():
 
 def test_what_an_experiment_changes_is_marked_with_what_the_recipe_has(tiny_config):
     config = tiny_config({'model.version': 'gpt3', 'optimizer.learning_rate': 1e-3})
-    found = provenance(as_dict(RunConfig.resolve(config)))
+    found = provenance(as_dict(resolve(config)))
     assert found['optimizer.beta2'].source == 'paper: GPT-3, appendix B'
     assert found['optimizer.learning_rate'].value == 1e-3
     assert found['optimizer.learning_rate'].source.startswith('set by the config; learning_rate=0.0006 (')

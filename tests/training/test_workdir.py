@@ -2,21 +2,21 @@ import json
 
 import pytest
 
+from gpt_jax.config import as_record
 from gpt_jax.errors import InputError
-from gpt_jax.training import RunConfig
-from gpt_jax.training.config import as_dict
+from gpt_jax.training import resolve
 from gpt_jax.training.workdir import SampleLog, check, write_config
 
 
 @pytest.fixture
 def run(tiny_config):
     """A function: changed keys -> the resolved run."""
-    return lambda changes=(): RunConfig.resolve(tiny_config(changes))
+    return lambda changes=(): resolve(tiny_config(changes))
 
 
 def test_the_config_is_recorded_whole_and_its_own_run_let_in(run, tmp_path):
     write_config(tmp_path, run())
-    assert json.loads((tmp_path / 'config.json').read_text(encoding='utf-8')) == as_dict(run())
+    assert json.loads((tmp_path / 'config.json').read_text(encoding='utf-8')) == as_record(run())
     check(tmp_path, run())
     assert [path.name for path in tmp_path.iterdir()] == ['config.json']
 
@@ -35,9 +35,10 @@ def test_a_folder_that_is_new_or_empty_is_let_in(run, tmp_path):
         {'train.steps': None, 'train.epochs': 2.0},
         {'eval.every_steps': 1, 'train.log_every_steps': 7, 'checkpoint.every_steps': 2, 'preview.every_steps': 0},
         {'checkpoint.keep_latest': 4, 'preview.prompt': 'other', 'data.cache_dir': '/elsewhere'},
+        {'train.accumulation_steps': 2, 'model.remat': 'full', 'model.scan_layers': True, 'eval.batch_size': 8},
     ],
 )
-def test_mesh_cadences_previews_and_length_may_differ(run, tmp_path, changes):
+def test_what_computes_the_same_function_may_differ(run, tmp_path, changes):
     write_config(tmp_path, run())
     check(tmp_path, run(changes))
 
@@ -47,7 +48,6 @@ def test_mesh_cadences_previews_and_length_may_differ(run, tmp_path, changes):
     [
         ('train.seed', 1, '0 -> 1'),
         ('train.batch_size', 32, '16 -> 32'),
-        ('train.accumulation_steps', 2, '1 -> 2'),
         ('optimizer.learning_rate', 1e-3, '0.01 -> 0.001'),
         ('schedule.warmup_steps', 1, '2 -> 1'),
         ('model.d_model', 64, '32 -> 64'),

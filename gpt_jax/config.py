@@ -1,0 +1,438 @@
+"""Every key of an experiment, with its default and what it means: the one place of a key.
+
+From these dataclasses follow the ConfigDict of an experiment file (`base`), the check of types, which keys a resumed
+run may change (`differing_keys`), which of several keys stand for one length (`LENGTHS`), which come with the weights
+of `train.init_from` (`WEIGHTS_KEYS`), and what `--help_config` prints (`help_text`).
+
+    from gpt_jax.config import base          # an experiment file, wherever it lies
+
+    def get_config():
+        config = base()
+        config.model.update(block_size=128, n_layer=4, n_head=6, d_model=192)
+        config.train.update(steps=500, batch_size=16)
+        return config
+
+A key that is None is unset. `gpt_jax.training.resolve` fills it in: from the preset, from the weights that the run
+starts from, from the recipe of `model.version` (those marked "recipe"), or from the default of the model. The command
+line wins over the experiment file, and the file over the recipe.
+"""
+
+import dataclasses
+import math
+import numbers
+import pathlib
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from gpt_jax.errors import InputError
+from gpt_jax.files import cache_folder
+
+# Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
+# something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
+FORMAT = 2
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    unset: bool = False,
+    resume: bool = False,
+    weights: bool = False,
+    length: str | None = None,
+    least: int | None = None,
+) -> Any:
+    """A key of a section.
+
+    Args:
+      default: its value where nobody gives one; None: it stays unset until a recipe fills it.
+      doc: what it means, with its unit.
+      unset: an experiment file leaves it unset although it has a default, so that something else may fill it first.
+      resume: whether a resumed run may change it: it says where, when and how something is computed, not what.
+      weights: whether `train.init_from` brings it along.
+      length: of the keys of a section with this name only one is set: they are one length in several units.
+      least: the smallest number that it may be.
+    """
+    metadata = {'doc': doc, 'unset': unset, 'resume': resume, 'weights': weights, 'length': length, 'least': least}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Section:
+    """Checks the types of a section's values when it is made, wherever they come from."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            name = f'{_section_name(type(self))}.{field.name}'
+            object.__setattr__(self, field.name, _checked(name, value, field.type))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Section):
+    """The architecture, and how its layers are run; what stays unset has the default of `gpt_jax.models.GPTConfig`."""
+
+    version: str = key('gpt2', "'gpt2' or 'gpt3': whose recipe fills the unset keys")
+    preset: str | None = key(None, "a published size, e.g. 'gpt2-small' (gpt_jax/models lists them)")
+    vocab_size: int | None = key(None, "unset: the tokenizer's", weights=True)
+    block_size: int | None = key(None, "context, in tokens; unset: the preset's", weights=True)
+    n_layer: int | None = key(None, "unset: the preset's", weights=True)
+    n_head: int | None = key(None, "unset: the preset's", weights=True)
+    d_model: int | None = key(None, "unset: the preset's", weights=True)
+    mlp_expansion: int | None = key(None, "the MLP's width as a multiple of d_model; unset: 4", weights=True)
+    dropout: float | None = key(None, 'the four rates below, where they are unset (recipe)')
+    embedding_dropout: float | None = key(None, 'on token + position embeddings')
+    attention_dropout: float | None = key(None, 'on the attention probabilities')
+    mlp_dropout: float | None = key(None, "on the MLP's output")
+    resid_dropout: float | None = key(None, "on the attention's output")
+    attention_pattern: str | None = key(None, "'dense', or 'alternating' with banded layers (recipe)", weights=True)
+    band_size: int | None = key(
+        None, "tokens that a banded layer's query sees; unset: 256, which no paper gives", weights=True
+    )
+    qkv_bias: bool | None = key(None, 'of the projections to query, key and value; unset: True', weights=True)
+    attention_scale: float | None = key(None, 'on query x key; unset: 1 / sqrt(head width)', weights=True)
+    tie_embeddings: bool | None = key(None, 'the output head is the token embedding; unset: True', weights=True)
+    layer_norm_epsilon: float | None = key(None, 'added to the variance; unset: 1e-5', weights=True)
+    remat: str = key(
+        'none', "kept for the backward pass: 'none' all, 'dots' and 'names' some, 'full' layer inputs", resume=True
+    )
+    scan_layers: bool = key(False, 'one compiled block for all layers: compiles sooner, for deep models', resume=True)
+
+
+DATA_CHOICES = {'documents': ('whole', 'file', 'block'), 'invalid_bytes': ('refuse', 'replace')}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Section):
+    """What is trained on, and how it is cut into tokens."""
+
+    corpus: str = key('python_docs', "a name (docs/DATA.md lists them), or 'hub:REPO[@REVISION][:CONFIG]'")
+    # A file may move: the fingerprint of the corpus says whether its text is the same.
+    path: str | None = key(
+        None, "local .txt, .jsonl[.gz, .zst] or .parquet, also '*.txt', in place of the corpus", resume=True
+    )
+    mixture: str | None = key(None, "several, with weights, in place of the corpus: 'python_docs:0.7,notes.txt:0.3'")
+    column: str = key('text', 'of parquet and JSON lines: where the text stands')
+    documents: str = key(
+        'whole', "plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block' (by blank lines)"
+    )
+    validation_fraction: float | None = key(
+        None, "held out, by the hash of a document; unset: the corpus's own validation split or fraction"
+    )
+    invalid_bytes: str = key('refuse', "what is no UTF-8: 'refuse', or 'replace' by U+FFFD, counted")
+    streaming: bool = key(False, "read the hub's files over the network, keeping none of them", resume=True)
+    tokenizer: str | None = key(
+        'bpe', "'bpe' (trained on the corpus), 'char', 'gpt2', or a folder with GPT-2's files", unset=True
+    )
+    vocab_size: int = key(4096, 'tokens of a tokenizer that is trained')
+    num_workers: int | None = key(None, 'processes that prepare a large corpus; unset: one for each core', resume=True)
+    mask_documents: bool = key(False, 'tokens see their own document alone; positions start again in each')
+    cache_dir: str | None = key(None, "token shards; unset: gpt_jax/data in the user's cache folder", resume=True)
+
+    @property
+    def cache(self) -> pathlib.Path:
+        """The folder where prepared data is kept."""
+        return pathlib.Path(self.cache_dir or cache_folder('data')).expanduser()
+
+    def check(self) -> None:
+        """Raises InputError on a value that is none of those above."""
+        for name, values in DATA_CHOICES.items():
+            if getattr(self, name) not in values:
+                raise InputError(f'data.{name}={getattr(self, name)}: use {" or ".join(values)}')
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
+            raise InputError(f'data.validation_fraction={self.validation_fraction}: use more than 0 and less than 1')
+        if self.num_workers is not None and self.num_workers < 1:
+            raise InputError(f'data.num_workers={self.num_workers}: use 1 or more')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(_Section):
+    """AdamW."""
+
+    learning_rate: float | None = key(None, 'at its peak (recipe)')
+    beta1: float | None = key(None, "Adam's first moment (recipe)")
+    beta2: float | None = key(None, "Adam's second moment (recipe)")
+    epsilon: float | None = key(None, "added to Adam's denominator (recipe)")
+    weight_decay: float | None = key(None, 'decoupled; on matrices and embeddings alone (recipe)')
+    clip_norm: float | None = key(None, 'of the global gradient; 0.0: no clipping (recipe)')
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig(_Section):
+    """The learning rate over the run."""
+
+    warmup_steps: int | None = key(None, 'linear, from 0 to the peak (recipe)', length='warmup')
+    warmup_tokens: int | None = key(None, 'the same in tokens (recipe)', length='warmup')
+    warmup_epochs: float | None = key(None, 'the same in epochs of the training split', length='warmup')
+    decay_steps: int | None = key(
+        None, "where the cosine ends, counted from step 0 (recipe, or the run's end)", length='decay'
+    )
+    decay_tokens: int | None = key(None, 'the same in tokens (recipe)', length='decay')
+    decay_epochs: float | None = key(None, 'the same in epochs of the training split', length='decay')
+    final_fraction: float | None = key(None, 'of the peak: the floor that the cosine ends on (recipe)')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_Section):
+    """Length, batch and seed."""
+
+    init_from: str | None = key(None, 'a checkpoint or Hugging Face directory to take the first weights from')
+    steps: int | None = key(None, "the run's length: exactly one of these three", length='length', resume=True)
+    tokens: int | None = key(None, 'the same in tokens', length='length', resume=True)
+    epochs: float | None = key(None, 'the same in epochs of the training split', length='length', resume=True)
+    batch_size: int | None = key(None, 'sequences of block_size tokens a step, over all devices (recipe)', least=1)
+    accumulation_steps: int = key(1, 'micro-batches that a step is cut into', least=1, resume=True)
+    seed: int = key(0, 'of initialisation, order of the data, dropout and previews')
+    log_every_steps: int = key(
+        10, 'rows of metrics.jsonl; the first and the last step have one as well', least=1, resume=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(_Section):
+    """The validation loss while training."""
+
+    every_steps: int = key(500, 'over the whole validation split, and at the end; 0: at the end alone', resume=True)
+    batch_size: int | None = key(None, 'sequences; unset: that of a micro-batch', least=1, resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(_Section):
+    """When to save, and what to keep."""
+
+    every_steps: int = key(500, 'and at the end, and where validation is best so far; 0: only then', resume=True)
+    keep_latest: int = key(1, 'of the newest', least=1, resume=True)
+    keep_best: int = key(1, 'of the lowest validation loss; 0: none is saved for being best', resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(_Section):
+    """Devices along each axis; one axis may be -1: whatever the others leave."""
+
+    data: int = key(-1, 'devices that split the batch; -1: all that the other axes leave', resume=True)
+    fsdp: int = key(1, 'devices that split the batch and the parameters', resume=True)
+    tensor: int = key(1, 'devices that split heads, MLP width and vocabulary', resume=True)
+    context: int = key(1, "devices that split a sequence's tokens", resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig(_Section):
+    """Of matrix products and activations."""
+
+    compute: str = key('f32', "'f32', 'bf16', or 'fp16' with dynamic loss scaling; parameters stay f32")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewConfig(_Section):
+    """What samples.txt shows of the model while it learns."""
+
+    every_steps: int = key(500, 'to samples.txt, and at the end; 0: at the end alone', resume=True)
+    prompt: str = key('', 'of the sampled preview; empty: starts a new document', resume=True)
+    max_new_tokens: int = key(64, 'of the sampled preview', least=1, resume=True)
+    temperature: float = key(0.8, 'divides the logits', resume=True)
+    top_k: int = key(50, 'likeliest tokens drawn from; 0: all', resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole experiment: a section each. `gpt_jax.training.resolve` leaves nothing of it unset."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    mesh: MeshConfig
+    precision: PrecisionConfig
+    preview: PreviewConfig
+
+    def check(self) -> None:
+        """Raises InputError, naming the keys, where a value is out of range or two keys contradict each other."""
+        for section, name, field in FIELDS:
+            value, least = getattr(getattr(self, section), name), field.metadata['least']
+            if least is not None and value is not None and value < least:
+                raise InputError(f'{section}.{name}={value} must be at least {least}')
+        for (section, length), names in LENGTHS.items():
+            values = {name: getattr(getattr(self, section), name) for name in names}
+            given = [f'{section}.{name}={value}' for name, value in values.items() if value is not None]
+            if len(given) > 1:
+                raise InputError(f'{" and ".join(given)}: only one of them may be set')
+            if not given and length == 'length':
+                raise InputError('the length of the run is unset: give one of train.steps, train.tokens, train.epochs')
+            if any(value < (0 if length == 'warmup' else 1e-9) for value in values.values() if value is not None):
+                raise InputError(f'{given[0]} must be positive')
+        batch_size, accumulation_steps = self.train.batch_size, self.train.accumulation_steps
+        if batch_size is not None and batch_size % accumulation_steps:
+            raise InputError(
+                f'train.batch_size={batch_size} is not divisible by train.accumulation_steps={accumulation_steps}'
+            )
+        # The sampler would say so as well, but only at the first preview, hours of training later.
+        if not self.preview.temperature > 0:
+            raise InputError(f'preview.temperature={self.preview.temperature} must be above 0')
+        if self.preview.top_k < 0:
+            raise InputError(f'preview.top_k={self.preview.top_k} must be at least 1, or 0 for all tokens')
+
+
+SECTIONS: dict[str, type[_Section]] = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+# (section, key, its field), in the order of the tables above.
+FIELDS = tuple((name, field.name, field) for name, cls in SECTIONS.items() for field in dataclasses.fields(cls))
+# (section, what it is the length of) -> its keys, of which one stands for the others.
+LENGTHS: dict[tuple[str, str], tuple[str, ...]] = {}
+for _section, _name, _field in FIELDS:
+    if _field.metadata['length']:
+        _group = (_section, _field.metadata['length'])
+        LENGTHS[_group] = (*LENGTHS.get(_group, ()), _name)
+# Keys of the section `model` that come with weights; the others (dropout, remat, scan_layers) are the run's own.
+WEIGHTS_KEYS = tuple(name for section, name, field in FIELDS if section == 'model' and field.metadata['weights'])
+
+
+def base() -> ml_collections.ConfigDict:
+    """The experiment that every other one is a change of: all keys with their defaults, None as placeholders.
+
+    It names no model size and no length of the run.
+    """
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for section, name, field in FIELDS:
+        is_unset = field.default is None or field.metadata['unset']
+        sections[section][name] = placeholder(_plain_type(field.type)) if is_unset else field.default
+    return ml_collections.ConfigDict(sections)
+
+
+def parse(config: 'Mapping[str, Any] | RunConfig') -> RunConfig:
+    """The experiment that a ConfigDict (or nested dict) describes, its unset keys None.
+
+    Raises:
+      InputError: a key is missing or unknown, or its value is of another type.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    config = config.to_dict() if hasattr(config, 'to_dict') else config
+    _check_names('', config, SECTIONS)
+    for section, cls in SECTIONS.items():
+        _check_names(f'{section}.', config[section], {field.name: field for field in dataclasses.fields(cls)})
+    return RunConfig(**{section: cls(**config[section]) for section, cls in SECTIONS.items()})
+
+
+def as_dict(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """The experiment as nested dicts: section -> key -> value."""
+    return dataclasses.asdict(run)
+
+
+def as_record(run: RunConfig) -> dict[str, Any]:
+    """What config.json and a checkpoint hold of a resolved experiment: `as_dict`, and the `format` of its keys."""
+    return {'format': FORMAT, **as_dict(run)}
+
+
+def read_record(record: Mapping[str, Any], where: str = 'the recorded config') -> RunConfig:
+    """The experiment of an `as_record`, also of an earlier version: keys that it lacks have their default.
+
+    Args:
+      record: as JSON gives it back.
+      where: names it in messages.
+
+    Raises:
+      InputError: a newer version wrote it, it has a key that none of its version has, or a value of another type.
+    """
+    record = dict(record)
+    number = record.pop('format', 1)  # the first one did not write it
+    if not isinstance(number, int) or number > FORMAT:
+        raise InputError(
+            f'{where} was written by a newer gpt_jax (format {number} of its keys, this one reads up to {FORMAT}); '
+            'update gpt_jax'
+        )
+    sections = {}
+    for name in record:
+        if name not in SECTIONS or not isinstance(record[name], Mapping):
+            raise InputError(f'{where}: {name} is no section of an experiment; restore the file')
+    for section, cls in SECTIONS.items():
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in record.get(section, {}):
+            if name not in names:
+                raise InputError(f'{where}: {section}.{name} is not a key of an experiment; restore the file')
+        sections[section] = cls(**record.get(section, {}))
+    return RunConfig(**sections)
+
+
+def differing_keys(recorded: Mapping[str, Any], run: RunConfig, where: str = 'the recorded config') -> list[str]:
+    """'section.key: old -> new' for every key that differs from an `as_record` and may not on resume.
+
+    Raises:
+      InputError: as `read_record`.
+    """
+    old, new = as_dict(read_record(recorded, where)), as_dict(run)
+    return [
+        f'{section}.{name}: {old[section][name]} -> {new[section][name]}'
+        for section, name, field in FIELDS
+        if old[section][name] != new[section][name] and not field.metadata['resume']
+    ]
+
+
+def prefer_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Unsets, in a ConfigDict, the keys that a command-line override of another of their kind replaces.
+
+    `--config.train.steps=10` on a config that gives `train.epochs` means ten steps, not a contradiction.
+    """
+    for (section, _), names in LENGTHS.items():
+        given = [name for name in names if overrides.get(f'{section}.{name}') is not None]
+        for name in names if given else ():
+            if name not in given:
+                config[section][name] = None
+
+
+def help_text() -> str:
+    """Every key with its type, its default and what it means, section by section."""
+    lines = []
+    for section, cls in SECTIONS.items():
+        lines += ['', f'{section}: {cls.__doc__}']
+        for field in dataclasses.fields(cls):
+            default = 'unset' if field.default is None or field.metadata['unset'] else repr(field.default)
+            resume = '; may change on resume' if field.metadata['resume'] else ''
+            lines.append(f'  --config.{section}.{field.name}  ({_plain_type(field.type).__name__}, {default}{resume})')
+            lines += textwrap.wrap(field.metadata['doc'], 110, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
+    return '\n'.join(lines[1:])
+
+
+_TYPE_NAMES = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}
+
+
+def _checked(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the plain Python type that `annotation` names; raises InputError where it is of another."""
+    wanted = _plain_type(annotation)
+    if value is None:
+        if annotation is not wanted:
+            return None
+    elif wanted in (bool, str):
+        if isinstance(value, wanted):
+            return value
+    elif not isinstance(value, bool) and isinstance(value, numbers.Integral if wanted is int else numbers.Real):
+        value = wanted(value)
+        if math.isfinite(value):
+            return value
+    raise InputError(f'{name}={value!r} must be {_TYPE_NAMES[wanted]}')
+
+
+def _plain_type(annotation: Any) -> type:
+    """int of `int | None`."""
+    if isinstance(annotation, types.UnionType):
+        return next(one for one in typing.get_args(annotation) if one is not types.NoneType)
+    return annotation
+
+
+def _section_name(cls: type[_Section]) -> str:
+    return cls.__name__.removesuffix('Config').lower()
+
+
+def _check_names(prefix: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in known:
+            raise InputError(f'{prefix}{name} is not a key of an experiment; --help_config lists them all')
+    for name in known:
+        if name not in given:
+            raise InputError(f'{prefix}{name} is missing; start from gpt_jax.config.base(), which gives every key')
