@@ -113,7 +113,9 @@ def run_command(command):
             return exit_.code or 0
         finally:
             for flag in set(flags.FLAGS) - defined:
-                delattr(flags.FLAGS, flag)
+                # A library that this command was the first to import defined its flags for good.
+                if not flags.FLAGS.find_module_defining_flag(flag, '').startswith('grain.'):
+                    delattr(flags.FLAGS, flag)
             flags.FLAGS.unparse_flags()
 
 
