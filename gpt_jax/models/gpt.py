@@ -360,14 +360,13 @@ class GPT(nn.Module):
 
         Returns:
           Logits float32 [batch, vocab] of the token after each prompt, and the cache. The next token of a row has the
-          position `lengths_B`; the next slot is that after the longest prompt.
+          position `lengths_B`.
         """
         order_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         positions_BT = jnp.where(order_BT < lengths_B[:, None], order_BT, -1)
         x_BTD, cache = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions_BT, None), cache, empty=True)
         last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
         logits_B1V = masked_logits(last_B1D, self._head(), self.config.vocab_size)
-        cache['index'] = jnp.max(lengths_B).astype(jnp.int32)
         return logits_B1V[:, 0, : self.config.vocab_size], cache
 
     def _hidden(self, tokens_BT, info, cache=None, empty=False, table=None):

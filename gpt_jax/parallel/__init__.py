@@ -16,7 +16,14 @@ from gpt_jax.parallel.mesh import (
     split_axes,
     target_device,
 )
-from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
+from gpt_jax.parallel.sharding import (
+    batch_sharding,
+    global_batch,
+    parameter_spec,
+    path_name,
+    replicated,
+    tree_shardings,
+)
 
 __all__ = [
     'AXES',
@@ -27,6 +34,7 @@ __all__ = [
     'can_split',
     'constrain',
     'current_mesh',
+    'global_batch',
     'make_abstract_mesh',
     'make_mesh',
     'on_one_device',
