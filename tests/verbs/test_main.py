@@ -35,10 +35,10 @@ def test_help_config_prints_every_key_of_an_experiment(process, config):
 def test_an_experiment_may_lie_anywhere_and_be_run_from_anywhere(process, experiment, tmp_path):
     result = process('main', f'--config={experiment.name}', '--config.train.stepz=3', cwd=experiment.parent)
     assert result.stderr == 'error: --config.train.stepz: there is no such key; did you mean steps?\n'
-    arguments = ('--config.train.steps=1', '--config.preview.every_steps=0', f'--workdir={tmp_path / "run"}')
+    arguments = ('--config.train.steps=3', '--config.preview.every_steps=0', f'--workdir={tmp_path / "run"}')
     result = process('main', f'--config={experiment.name}', *arguments, cwd=experiment.parent)
     assert (result.returncode, result.stderr) == (0, '')
-    assert (tmp_path / 'run' / 'checkpoints' / '1').is_dir()
+    assert (tmp_path / 'run' / 'checkpoints' / '3').is_dir()
 
 
 def test_a_run_from_the_command_line_exits_0_and_says_how_to_go_on(verb, config, tmp_path):
