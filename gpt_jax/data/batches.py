@@ -6,6 +6,7 @@ stop)`; `gpt_jax.parallel.global_batch` asks for those that the devices at hand 
 
 import collections
 import concurrent.futures
+import dataclasses
 import itertools
 import math
 import time
@@ -15,11 +16,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gpt_jax.data.mixture import Source
 from gpt_jax.errors import InputError
 
 Rows = dict[str, np.ndarray]
 Made = TypeVar('Made')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenSource:
+    """One part of what is trained on.
+
+    Attributes:
+      name: what messages and metrics call it.
+      tokens: [count], token ids; end of text follows every document.
+      weight: its share of the rows, relative to the other sources' weights; exact, so that shares are.
+    """
+
+    name: str
+    tokens: Any = dataclasses.field(repr=False)
+    weight: Fraction = Fraction(1)
 
 
 class Batches:
@@ -36,7 +51,7 @@ class Batches:
 
     def __init__(
         self,
-        sources: np.ndarray | Sequence[Source],
+        sources: np.ndarray | Sequence[TokenSource],
         batch_size: int,
         block_size: int,
         seed: int,
@@ -47,7 +62,7 @@ class Batches:
         Raises InputError where a source does not fill one window, or batch_size or seed is out of range.
         """
         if not isinstance(sources, tuple | list):
-            sources = (Source('', sources),)
+            sources = (TokenSource('', sources),)
         _check_batch_size(batch_size)
         self.batch_size, self.block_size = batch_size, block_size
         self._end_of_text = end_of_text
@@ -118,7 +133,7 @@ class Windows:
       per_epoch: (len(tokens) - 1) // block_size.
     """
 
-    def __init__(self, source: Source, block_size: int, seed: int):
+    def __init__(self, source: TokenSource, block_size: int, seed: int):
         """Raises InputError where the tokens do not fill one window, or the seed is negative."""
         # Here and not above: grain takes a second to import and brings jax, which tokenising and preparing do without.
         import grain

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from gpt_jax.files import replacing
 from gpt_jax.models import GPTConfig
-from gpt_jax.models.counts import training_flops_per_token
+from gpt_jax.models.config import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
 
 # In place of the last step to keep in a log: a run without a checkpoint starts anew, and writes of step 0 again.

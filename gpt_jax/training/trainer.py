@@ -16,7 +16,7 @@ import jax
 
 from gpt_jax.checkpoints import Checkpoints, latest_meta
 from gpt_jax.config import RunConfig, as_record, parse
-from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare_sources
+from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
 from gpt_jax.parallel import global_batch, make_mesh, tree_shardings
@@ -171,7 +171,7 @@ class Trainer:
         self.start = recorded['step'] if recorded else 0
         self.mesh = make_mesh(run.mesh)
         check_mesh(run, self.mesh.shape)
-        self.data = prepare_sources(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
+        self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         if recorded is not None:
             _check_same_data(self.data, recorded, workdir)
         self.lengths = lengths(run, sum((len(source.tokens) - 1) // run.model.block_size for source in self.data.train))

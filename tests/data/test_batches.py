@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_jax.data import Batches, ValidationBatches, document_positions, prefetch
-from gpt_jax.data.batches import Interleaving
-from gpt_jax.data.mixture import Source
+from gpt_jax.data.batches import Interleaving, TokenSource
 from gpt_jax.errors import InputError
 
 sizes = settings(max_examples=40, deadline=None)
@@ -103,7 +102,9 @@ class Calls:
 
 
 def test_the_millionth_step_is_as_cheap_as_the_first():
-    sources = [Source(name, tokens_up_to(401), Fraction(weight)) for name, weight in (('a', 7), ('b', 2), ('c', 1))]
+    sources = [
+        TokenSource(name, tokens_up_to(401), Fraction(weight)) for name, weight in (('a', 7), ('b', 2), ('c', 1))
+    ]
 
     def work(step):
         with Calls() as calls:
@@ -134,7 +135,7 @@ def test_corpus_shorter_than_a_window_is_refused_with_numbers():
 
 
 def test_source_of_a_mixture_that_is_shorter_than_a_window_is_named():
-    sources = [Source('long', tokens_up_to(100)), Source('short', tokens_up_to(8))]
+    sources = [TokenSource('long', tokens_up_to(100)), TokenSource('short', tokens_up_to(8))]
     with pytest.raises(InputError, match=r'^block_size=8: .* split of short has 8; use'):
         Batches(sources, 1, 8, seed=0)
 
@@ -192,7 +193,7 @@ def test_validation_split_of_one_token_is_refused():
 def mixed(weights, count=301):
     """Sources whose tokens tell which source they are from: the n-th has n times 1 000 added to its places."""
     return [
-        Source(str(n), tokens_up_to(count).astype(np.uint32) + 1000 * n, Fraction(weight))
+        TokenSource(str(n), tokens_up_to(count).astype(np.uint32) + 1000 * n, Fraction(weight))
         for n, weight in enumerate(weights)
     ]
 

@@ -9,7 +9,7 @@ import optax
 
 from gpt_jax.config import MeshConfig, OptimizerConfig
 from gpt_jax.data import Batches
-from gpt_jax.data.mixture import Source
+from gpt_jax.data.batches import TokenSource
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import global_batch, make_mesh
 from gpt_jax.training.evaluate import evaluate
@@ -29,7 +29,7 @@ def mesh_steps(sizes, devices=None):
     step = make_train_step(model, optimizer, schedule, mesh)
     state = init_state(model, optimizer, mesh, seed=3)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 1000)
-    batches = Batches([Source('', tokens, Fraction(1))], *SHAPE, seed=0, end_of_text=7)
+    batches = Batches([TokenSource('', tokens, Fraction(1))], *SHAPE, seed=0, end_of_text=7)
     numbers = []
     for number in range(STEPS):
         batch = global_batch(lambda start, stop, n=number: batches.rows(n, start, stop), SHAPE, mesh)
