@@ -19,6 +19,7 @@ from gpt_jax.config import RunConfig, as_record, parse
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
+from gpt_jax.models.attention import choose_kernel
 from gpt_jax.parallel import global_batch, make_mesh, tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
@@ -222,7 +223,7 @@ class Trainer:
         devices = f'{jax.device_count()} {jax.devices()[0].platform} device(s)'
         self.say(
             f'model: {self.model.config.num_parameters:,} parameters; {self.total:,} steps of '
-            f'{self._tokens_per_step:,} tokens on {devices}'
+            f'{self._tokens_per_step:,} tokens on {devices}; attention: {self._attention_kernels()}'
         )
         if self.start:
             self.say(f'resuming from step {self.start}')
@@ -437,6 +438,23 @@ class Trainer:
         if not step:
             return 'stopped before the first step, so nothing is saved; the same command starts anew'
         return f'stopped and saved at step {step} in {self._workdir}; the same command goes on from there'
+
+    def _attention_kernels(self) -> str:
+        """The kernels that a training step's attention runs: which one is fast depends on device, width and dropout."""
+        c = self.model.config
+        bands = {c.band(layer) for layer in range(c.n_layer)}
+        kernels = {
+            choose_kernel(
+                self.mesh.devices.flat[0],
+                c.dtype,
+                c.head_dim,
+                band=band if band is not None and band < c.block_size else None,
+                dropout=c.attention_dropout > 0,
+                documents=self._separator is not None,
+            )
+            for band in bands
+        }
+        return ' and '.join(sorted(kernels))
 
     def _not_finite(self, numbers: str, step: int) -> InputError:
         """What to raise where `numbers` of `step` are not finite, before anything is saved of it."""
