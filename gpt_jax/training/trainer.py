@@ -183,13 +183,11 @@ class Trainer:
         self.schedule = make_schedule(run, self.lengths)
         self.optimizer = make_optimizer(run.optimizer, self.schedule)
         self.model = GPT(model_config(run, self.data.tokenizer.vocab_size))
-        self.total = max(self.start, self.lengths.total)
+        self.total = max(self.start, self.lengths.total)  # its length may be changed to less than it has come
         self.loss: float | None = None
         self.val_loss: float | None = None
         self._tokens_per_step = run.train.batch_size * run.model.block_size
         self._separator = self.data.tokenizer.end_of_text if run.data.mask_documents else None
-
-    # Before the first step
 
     def is_finished(self) -> bool:
         """Whether all steps are taken, and what follows the last one is done."""
@@ -239,8 +237,6 @@ class Trainer:
             if self._metrics is not None:
                 self._metrics.close()
                 plot_loss(self._workdir)
-
-    # The loop
 
     def take_steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         """All steps that are left, and what is due before, between and after them; the last step and its state."""
@@ -316,8 +312,6 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.write(row)
         self._progress.row(row)
-
-    # What is due between steps: evaluation, previews, checkpoints
 
     def _due(self, step: int, *kinds: str) -> bool:
         """Whether any of `kinds` ('eval', 'preview', 'checkpoint'; none given: all) follows `step`."""
@@ -416,8 +410,6 @@ class Trainer:
             'lengths': dataclasses.asdict(self.lengths),
             'init_from': None if self._weights is None else self._weights.record,
         }
-
-    # What it says
 
     def say(self, line: str) -> None:
         """Prints a line, in the first of several processes."""
