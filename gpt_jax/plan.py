@@ -7,6 +7,7 @@ need not be here, and the compiler's own account of its memory stands beside the
 (pip install -e '.[tpu-aot]'), h100:8 by the GPU's (pip install -e '.[cuda12]'), cpu:8 by the CPU's.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ def main() -> None:
     jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
     from gpt_jax.training import prefer_overrides, resolve
+    from gpt_jax.training.step import check_mesh
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     run = resolve(config)
@@ -60,6 +62,7 @@ def main() -> None:
     placement = planning.Placement.of(
         _planned_model(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
     )
+    check_mesh(run, dataclasses.asdict(placement.mesh))
     on_cpu = bool(devices) and planning.topology_compiler(TOPOLOGY.value) == 'cpu'
 
     def memory(placement: planning.Placement) -> planning.Memory:
