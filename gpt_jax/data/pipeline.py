@@ -254,7 +254,7 @@ def _prepare_corpus(
     cache = config.cache
     folder, tokenizer = _choose_folder(cache, corpus, config, tokenizer)
     if is_complete(folder):
-        prepared = _open(folder, corpus, log)
+        prepared = _open_folder(folder, corpus, log)
         log(f'data: reused from {folder}')
         return prepared
     with _writing(cache):
@@ -263,7 +263,7 @@ def _prepare_corpus(
         tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
         if not _build(folder, corpus, config, tokenizer, piece, log):
             return None
-    return _open(folder, corpus, log)
+    return _open_folder(folder, corpus, log)
 
 
 def _choose_folder(
@@ -410,7 +410,7 @@ def _log_counts(corpus: Corpus, content: dict[str, Any], seconds: float, log: Ca
     )
 
 
-def _open(folder: pathlib.Path, corpus: Corpus, log: Callable[[str], None]) -> Prepared:
+def _open_folder(folder: pathlib.Path, corpus: Corpus, log: Callable[[str], None]) -> Prepared:
     content = read_manifest(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     check_manifest(folder, content, corpus, tokenizer)

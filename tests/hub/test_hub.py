@@ -257,7 +257,7 @@ def test_row_groups_of_a_file_are_shared_by_workers_and_come_back_in_order(hub, 
     assert len(list(folder_of(tmp_path).glob('train-*.bin'))) > 2
 
 
-def test_data_prepared_when_only_parquet_was_read_are_gone_on_with(hub, run_prepare, tmp_path):
+def test_data_prepared_when_only_parquet_was_read_are_continued(hub, run_prepare, tmp_path):
     first = run_prepare('openwebtext_10k', part_bytes=5000)
     record = folder_of(tmp_path) / 'source.json'
     source = json.loads(record.read_text())
