@@ -145,7 +145,7 @@ def prepare(
         name: _prepare_corpus(corpus, config, tokenizer, piece or (1, 1), log) for name, corpus in corpora.items()
     }
     if None in prepared.values():
-        return None
+        return None  # other machines are still at their pieces
     return TrainingData(next(iter(prepared.values())).tokenizer, prepared, weights)
 
 
@@ -254,6 +254,7 @@ def _prepare_corpus(
     cache = config.cache
     folder, tokenizer = _choose_folder(cache, corpus, config, tokenizer)
     if is_complete(folder):
+        # The corpus is neither read nor resolved: this takes no network, and milliseconds.
         prepared = _open_folder(folder, corpus, log)
         log(f'data: reused from {folder}')
         return prepared
@@ -286,7 +287,7 @@ def _choose_folder(
         folder = folder_of(_tokenizer_key(config))
         # A resumed run gives the tokenizer that was made here before: its shards are here, too.
         if given is None:
-            return folder, None
+            return folder, None  # made, or downloaded, only where the folder is not complete
         if is_complete(folder) and read_manifest(folder)['tokenizer_fingerprint'] == given.fingerprint:
             return folder, given
     return folder_of(given.fingerprint), given
@@ -348,6 +349,7 @@ def _make_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def _sample(corpus: Corpus) -> Iterator[str]:
     """The training text that BPE learns from: the beginnings of parts that are spread over the corpus."""
     parts = [part for part in corpus.parts() if part.split in ('', 'train')]
+    # The first parts alone may all be of one year, one site or one language.
     spread = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]
     chosen = parts if len(parts) <= TOKENIZER_PARTS else spread
     empty = True
@@ -370,6 +372,7 @@ def _build(
 ) -> bool:
     """Makes this piece's parts and, where no other's is missing then, the manifest; returns whether none is."""
     start = time.perf_counter()
+    # The same for every machine and number of workers: pieces and restarts count on it.
     parts = corpus.parts()
     jobs = [Job(folder, corpus, number, part) for number, part in enumerate(parts)]
     mine = [job for job in jobs[piece[0] - 1 :: piece[1]] if read_report(folder, job.number, corpus, tokenizer) is None]
