@@ -15,13 +15,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def process():
-    """A function: verb, arguments, standard input -> the finished process, on one device."""
+    """A function: verb, arguments, standard input, folder -> the finished process, on one device."""
 
-    def run(verb, *arguments, stdin=''):
+    def run(verb, *arguments, stdin='', cwd=ROOT):
         command = [sys.executable, '-m', f'gpt_jax.{verb}', *arguments]
-        environment = os.environ | {'XLA_FLAGS': ''}
+        environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
         return subprocess.run(
-            command, cwd=ROOT, env=environment, input=stdin, capture_output=True, text=True, check=False
+            command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, check=False
         )
 
     return run
@@ -69,11 +69,11 @@ def experiment(corpus, tmp_path_factory):
     path = folder / 'sentences.py'
     path.write_text(
         f"""
-from configs import base
+from gpt_jax.config import base
 
 
 def get_config():
-    config = base.get_config()
+    config = base()
     config.model.update(block_size=32, n_layer=2, n_head=2, d_model=32, dropout=0.1)
     config.data.update(path={str(corpus)!r}, tokenizer='char', cache_dir={str(folder / 'cache')!r})
     config.optimizer.learning_rate = 1e-2

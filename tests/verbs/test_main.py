@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from gpt_jax.config import help_text
+
 
 def snapshot(folder):
     """Of every file its time of change and a hash."""
@@ -21,6 +23,22 @@ def test_help_names_the_flags_and_exits_0(process, flag):
     assert (result.returncode, result.stderr) == (0, '')
     for text in ('python -m gpt_jax.main --config=', '--workdir: ', '--distributed: ', '--config: the experiment'):
         assert text in result.stdout
+
+
+def test_help_config_prints_every_key_of_an_experiment(process, config):
+    for arguments in ([config], []):
+        result = process('main', *arguments, '--help_config')
+        assert (result.returncode, result.stderr) == (0, '')
+        assert result.stdout == help_text() + '\n'
+
+
+def test_an_experiment_may_lie_anywhere_and_be_run_from_anywhere(process, experiment, tmp_path):
+    result = process('main', f'--config={experiment.name}', '--config.train.stepz=3', cwd=experiment.parent)
+    assert result.stderr == 'error: --config.train.stepz: there is no such key; did you mean steps?\n'
+    arguments = ('--config.train.steps=3', '--config.preview.every_steps=0', f'--workdir={tmp_path / "run"}')
+    result = process('main', f'--config={experiment.name}', *arguments, cwd=experiment.parent)
+    assert (result.returncode, result.stderr) == (0, '')
+    assert (tmp_path / 'run' / 'checkpoints' / '3').is_dir()
 
 
 def test_a_run_from_the_command_line_exits_0_and_says_how_to_go_on(verb, config, tmp_path):
