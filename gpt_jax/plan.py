@@ -7,6 +7,7 @@ need not be here, and the compiler's own account of its memory stands beside the
 (pip install -e '.[tpu-aot]'), h100:8 by the GPU's (pip install -e '.[cuda12]'), cpu:8 by the CPU's.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ def main() -> None:
     jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
     from gpt_jax.training import prefer_overrides, resolve
+    from gpt_jax.training.step import check_mesh
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     run = resolve(config)
@@ -75,6 +77,7 @@ def main() -> None:
     peak = PEAK_TFLOPS.value * 1e12 if PEAK_TFLOPS.value else device and device.peak_flops
     limit = device and device.memory_bytes
     estimate = memory(placement)
+    check_mesh(run, dataclasses.asdict(placement.mesh))
     plan = {'name': config_flags.get_config_filename(flags.FLAGS['config']), 'device_kind': kind}
     plan |= _recipe_section(run) | planning.model_section(placement, _training_tokens(run))
     plan['memory'] = planning.memory_section(placement, estimate, limit)
@@ -138,7 +141,7 @@ def _abstract_state(run: 'RunConfig', placement: 'planning.Placement', mesh: Any
     from gpt_jax.models import GPT
     from gpt_jax.parallel import make_abstract_mesh
     from gpt_jax.training.optimizer import make_optimizer
-    from gpt_jax.training.state import abstract_state
+    from gpt_jax.training.step import abstract_state
 
     # The schedule's form does not change the state's.
     optimizer = make_optimizer(run.optimizer, optax.constant_schedule(run.optimizer.learning_rate))

@@ -50,7 +50,7 @@ import jax.numpy as jnp
 
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPTConfig
-from gpt_jax.models.blockwise import MAX_BLOCKS, QUERY_BLOCK, SCORE_ELEMENTS
+from gpt_jax.models.attention import MAX_BLOCKS, QUERY_BLOCK, SCORE_ELEMENTS
 from gpt_jax.models.losses import CHUNK_ELEMENTS
 from gpt_jax.parallel import MeshConfig, axis_sizes
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gpt_jax.models.counts import causal_flops_per_token, parameters_by_part, training_flops_per_token
+from gpt_jax.models.config import causal_flops_per_token, parameters_by_part, training_flops_per_token
 from gpt_jax.planning.cost import cache_bytes, training_cost
 from gpt_jax.planning.memory import Memory, Placement
 from gpt_jax.planning.topology import Compiled, topology_compiler

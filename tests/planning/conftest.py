@@ -11,8 +11,7 @@ from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gpt_jax.planning import Placement, training_memory
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.state import abstract_state
-from gpt_jax.training.step import make_train_step
+from gpt_jax.training.step import abstract_state, make_train_step
 
 
 @pytest.fixture(scope='session')

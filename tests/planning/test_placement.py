@@ -7,7 +7,7 @@ from gpt_jax.parallel import MeshConfig, make_abstract_mesh
 from gpt_jax.planning import Memory, Placement, advice
 from gpt_jax.planning.cost import cache_bytes, training_cost
 from gpt_jax.planning.memory import sharded_bytes, smaller
-from gpt_jax.training.state import abstract_state
+from gpt_jax.training.step import abstract_state
 
 CONFIG = GPTConfig(512, 64, n_layer=2, n_head=2, d_model=32)
 

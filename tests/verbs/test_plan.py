@@ -114,6 +114,10 @@ def test_remat_micro_batches_and_fsdp_make_the_plan_smaller(verb):
         (['SMOKE', '--peak_tflops=-1'], '--peak_tflops=-1.0 must be above 0'),
         (['SMOKE', '--dollars_per_device_hour=inf'], '--dollars_per_device_hour=inf must be above 0'),
         (['SMOKE', '--devices=6', '--config.mesh.fsdp=4'], 'does not divide the 6 devices'),
+        (
+            ['SMOKE', '--devices=2', '--config.mesh.data=1', '--config.mesh.context=2'],
+            'mesh.context=2 cannot train yet',
+        ),
         (['SMOKE', '--devices=32'], 'train.batch_size=8 in 1 micro-batches is not divisible by the 32 devices'),
         (['SMOKE', '--device_kind=H100'], '--device_kind=H100 is not one of'),
         (['SMOKE', '--decode_length=33'], '--decode_length=33 exceeds model.block_size=32'),

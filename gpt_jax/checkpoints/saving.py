@@ -1,0 +1,218 @@
+"""Saving while training goes on, keeping the latest and the best, and resuming from one of them.
+
+What a kill at any moment leaves, and why it can always be resumed:
+  while orbax writes        a temporary folder, cleared away by orbax at the next save
+  before the manifest       a step folder without a manifest: does not count, is cleared away at the next save
+  while an old step goes    `STEP.removed`, renamed before its files go: does not count, cleared away as well
+orbax's own retention deletes old steps as soon as the new one is committed, when its manifest is not there yet; a kill
+in between would leave nothing to resume from. So orbax keeps everything, and old steps go here, after the manifest.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gpt_jax.checkpoints import verifying
+from gpt_jax.checkpoints.finding import (
+    describe_save,
+    finished_steps,
+    is_step_name,
+    read_step_meta,
+    val_losses,
+    way_out,
+)
+from gpt_jax.checkpoints.loading import check_tree, leaf_name, read_items
+from gpt_jax.errors import InputError
+
+REMOVED = '.removed'
+
+
+class Checkpoints:
+    """The checkpoints of one run: `folder/STEP` each, saved in the background.
+
+    A finished step is kept while it is one of the `keep_latest` newest or of the `keep_best` lowest in validation loss
+    (the earlier of two equals); the step just saved always stays. Nothing on disk changes before the first `save`.
+    In a run of several processes every process makes the same calls, and `folder` is on storage they share.
+    Raises InputError for keep_latest < 1 or keep_best < 0.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep_latest: int = 1, keep_best: int = 1):
+        if keep_latest < 1:
+            raise InputError(f'keep_latest={keep_latest}: at least 1 checkpoint must be kept to resume from')
+        if keep_best < 0:
+            raise InputError(f'keep_best={keep_best}: give 0 or more')
+        self.folder = pathlib.Path(folder).expanduser().resolve()
+        self.keep_latest, self.keep_best = keep_latest, keep_best
+        self._orbax: ocp.CheckpointManager | None = None
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
+        self._pending: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any], val_loss: float | None = None) -> bool:
+        """Start saving `step`; returns once the arrays may be donated, after waiting for the previous save.
+
+        `params` and `optimizer` are pytrees of arrays; an optimizer without any (None) is left out. `meta` is a JSON
+        dict; `format`, `step`, `val_loss` (None where not finite) and `versions` are added to it. A step that is
+        already saved is left as it is, and False returned. Raises what the previous save failed with, TypeError for a
+        leaf or a meta that cannot be stored, InputError where `folder/STEP` is something else.
+        """
+        self.wait()
+        if step in self.steps():
+            return False
+        params, optimizer = _storable(params), _storable(optimizer)
+        meta = {**meta, **describe_save(step, val_loss)}
+        json.dumps(meta)  # a meta that is not JSON is refused here, not later in the background
+        orbax = self._open()
+        if (self.folder / str(step)).exists():
+            raise InputError(f'{self.folder / str(step)} is in the way and no checkpoint: move it elsewhere')
+        items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
+        if jax.tree.leaves(optimizer):
+            items['optimizer'] = ocp.args.StandardSave(optimizer)
+        orbax.save(step, args=ocp.args.Composite(**items), force=True)
+        self._pending = self._finisher.submit(self._finish, step)
+        return True
+
+    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Read a finished step back: `(params, optimizer, meta)`, whole or not at all.
+
+        `params` and `optimizer` are the trees to fill, with a jax.ShapeDtypeStruct for every array; arrays go to its
+        `sharding`, or to the default device where it has none. Raises InputError in one line, naming the file or the
+        array, when the step is not there, a file is missing or damaged, or structure, a shape or a dtype differs.
+        """
+        self.wait()
+        if step not in self.steps():
+            available = ', '.join(map(str, self.steps())) or 'none'
+            raise InputError(f'{self.folder} has no checkpoint of step {step}: it has {available}')
+        step_folder = self.folder / str(step)
+        verifying.verify_together(step_folder, way_out=way_out(step_folder))
+        check_tree(step_folder, 'params', params)
+        check_tree(step_folder, 'optimizer', optimizer)
+        meta = self.read_meta(step)
+        restored = read_items(step_folder, params=params, optimizer=optimizer)
+        return restored['params'], restored['optimizer'], meta
+
+    def steps(self) -> list[int]:
+        """The finished steps on disk, in ascending order; a save still in flight is not among them."""
+        return finished_steps(self.folder)
+
+    def latest_step(self) -> int | None:
+        """The highest finished step, or None."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The finished step of the lowest validation loss, the earlier of two equals; None where no step has one."""
+        losses = val_losses(self.folder)
+        return min(losses, key=losses.get, default=None)
+
+    def best_loss(self) -> float | None:
+        """The lowest validation loss (nats a token, as given to `save`) of the finished steps, or None."""
+        return min(val_losses(self.folder).values(), default=None)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The JSON dict of a finished step. Raises InputError where it is missing or damaged."""
+        return read_step_meta(self.folder / str(step))
+
+    def wait(self) -> None:
+        """Return when every save is on disk with its manifest and old steps are gone; raise what a save failed with."""
+        if self._pending is None:
+            return
+        problem = None
+        try:
+            self._pending.result()
+        except Exception as error:
+            problem = error
+        finally:
+            if self._pending.done():  # not so when Ctrl-C ends the waiting: the save is still in flight then
+                self._pending = None
+        # Process 0 writes the manifest and removes old steps, and the others are done before it.
+        verifying.raise_together(
+            problem,
+            lambda process: f'a checkpoint in {self.folder} was not saved: see the message of process {process}',
+        )
+
+    def close(self) -> None:
+        """Wait, then let go of threads. Raises what the last save failed with."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            if self._orbax is not None:
+                orbax, self._orbax = self._orbax, None
+                orbax.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._orbax is None:
+            if jax.process_index() == 0:
+                self._remove_leftovers()
+            # making the manager is a barrier between the processes: none looks at the folder before it is swept
+            options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
+            self._orbax = ocp.CheckpointManager(self.folder, options=options)
+        return self._orbax
+
+    def _finish(self, step: int) -> None:
+        self._orbax.wait_until_finished()
+        verifying.write(self.folder / str(step))
+        if jax.process_index() == 0:
+            for old in self._outdated(step):
+                _remove(self.folder / str(old))
+
+    def _outdated(self, saved: int) -> list[int]:
+        finished, losses = self.steps(), val_losses(self.folder)
+        best = sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best]
+        keep = {saved, *finished[-self.keep_latest :], *best}
+        return [step for step in finished if step not in keep]
+
+    def _remove_leftovers(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            if path.name.endswith(REMOVED) and is_step_name(path.name.removesuffix(REMOVED)):
+                shutil.rmtree(path)
+            elif is_step_name(path.name) and _interrupted(path):
+                _remove(path)
+
+
+def _interrupted(step_folder: pathlib.Path) -> bool:
+    # only what orbax committed: a folder of another making keeps its place, and `save` names it
+    return (step_folder / '_CHECKPOINT_METADATA').exists() and not verifying.exists(step_folder)
+
+
+def _remove(step_folder: pathlib.Path) -> None:
+    removed = step_folder.with_name(step_folder.name + REMOVED)
+    os.replace(step_folder, removed)
+    shutil.rmtree(removed)
+
+
+def _storable(tree: Any) -> Any:
+    """`tree` with its Python numbers as arrays, as `jax.eval_shape` would describe them.
+
+    Raises TypeError, naming the leaf, for what would come back changed: no number, or 64 bits while jax works in 32.
+    """
+
+    def leaf(path: tuple, value: Any) -> Any:
+        if isinstance(value, jax.Array):
+            if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+                raise TypeError(f'{leaf_name(path)} is a typed random key and cannot be saved: use jax.random.key_data')
+            return value
+        if type(value) in (bool, int, float):
+            return jnp.asarray(value)
+        array = np.asarray(value)
+        numeric = jnp.issubdtype(array.dtype, np.number) or array.dtype == bool
+        if not numeric or jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            raise TypeError(f'{leaf_name(path)} is {array.dtype} and cannot be saved: make it a jax array')
+        return array
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
