@@ -24,7 +24,7 @@ from gpt_jax.errors import InputError
 from gpt_jax.models import attention
 from gpt_jax.models.cache import Cache, advance, init_cache, store
 from gpt_jax.models.config import GPTConfig, preset_config
-from gpt_jax.models.layers import INIT_STD, Dense, Dropout, LayerNorm
+from gpt_jax.models.layers import INIT_STD, Dense, Dropout, LayerNorm, copy_table, embed_tokens
 from gpt_jax.models.losses import linear_cross_entropy, masked_logits
 from gpt_jax.parallel import constrain, target_device
 
@@ -340,8 +340,11 @@ class GPT(nn.Module):
 
         The full logits are never held: at most one chunk of them (`losses.CHUNK_ELEMENTS`) is.
         """
-        x_BTD, _ = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions, rows, documents))
-        return linear_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
+        c = self.config
+        table = copy_table(self.wte, c.dtype, tokens_BT)
+        head = table if c.tie_embeddings else copy_table(self.lm_head, c.dtype, tokens_BT)
+        x_BTD, _ = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions, rows, documents), table=table)
+        return linear_cross_entropy(x_BTD, head, targets_BT, c.vocab_size)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype | None = None, undoable: int = 0) -> Cache:
         """An empty cache for `length` tokens of `batch` sequences; see `cache.init_cache`."""
@@ -366,7 +369,7 @@ class GPT(nn.Module):
         logits_B1V = masked_logits(last_B1D, self._head(), self.config.vocab_size)
         return logits_B1V[:, 0, : self.config.vocab_size], cache
 
-    def _hidden(self, tokens_BT, info, cache=None, empty=False):
+    def _hidden(self, tokens_BT, info, cache=None, empty=False, table=None):
         c = self.config
         if tokens_BT.shape[1] > c.block_size:
             raise InputError(f'{tokens_BT.shape[1]} tokens exceed block_size={c.block_size}; give at most that many')
@@ -376,7 +379,9 @@ class GPT(nn.Module):
             position_embedding = self.wpe[None, : tokens_BT.shape[1]]
         else:
             position_embedding = self.wpe[jnp.maximum(info.positions_BT, 0)]
-        x_BTD = self.wte[tokens_BT].astype(c.dtype) + position_embedding.astype(c.dtype)
+        # Without a loss there is no gradient to reduce: the compiler looks tokens up in the parts of a split table.
+        token_embedding = self.wte[tokens_BT].astype(c.dtype) if table is None else embed_tokens(table, tokens_BT)
+        x_BTD = token_embedding + position_embedding.astype(c.dtype)
         x_BTD = self.embedding_dropout(constrain(x_BTD, 'batch', 'time', 'embed'), info.rows_B)
         dropout_key = self.make_rng('dropout') if self.has_rng('dropout') else None
         if cache is None:

@@ -4,11 +4,12 @@ import functools
 import math
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.parallel import on_one_device, target_device
+from gpt_jax.parallel import can_split, on_one_device, per_device, split_axes, target_device
 
 INIT_STD = 0.02  # GPT-2's code, GPT-1 section 4.1
 
@@ -181,3 +182,116 @@ def _layer_norm_backward(epsilon, dtype, residuals, dout):
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@flax.struct.dataclass
+class TokenTable:
+    """The table of the vocabulary as training uses it, for the embedding, the output head, or both (see `copy_table`).
+
+    A tied table is used twice, and its two gradients are best added on every device before anything is sent: so each
+    device that has tokens of its own gets a copy, and the gradients of the copies are summed over the devices once.
+
+    Attributes:
+      rows: [copies, padded vocab, d_model] in the compute dtype; one copy where nothing is split.
+      gradient: zeros of the same shape in float32. Its cotangent is the gradient of the table; `rows` passes none on,
+        as that would be rounded to the compute dtype.
+      is_split: whether the copies lie on the devices of a mesh.
+    """
+
+    rows: jax.Array
+    gradient: jax.Array
+    is_split: bool = flax.struct.field(pytree_node=False)
+
+    def run(self, function, in_names, out_names):
+        """`function` by every device on its part, or on the whole arrays where nothing is split."""
+        return per_device(function, in_names, out_names) if self.is_split else function
+
+
+TABLE_COPIES = ('copy', 'vocab', None)
+
+
+def copy_table(table_VD: jax.Array, dtype: jnp.dtype, tokens_BT: jax.Array) -> TokenTable:
+    """A parameter [padded vocab, d_model] in `dtype` on each device that has some of `tokens_BT`.
+
+    Under 'tensor' a device has its part of the rows alone. Where the mesh does not divide the tokens evenly, there is
+    one copy, and the compiler splits the work as it can.
+    """
+    is_split = can_split(tokens_BT.shape, 'batch', 'time') and can_split(table_VD.shape, 'vocab', 'embed_parameter')
+    return TokenTable(*_copy(table_VD, jnp.dtype(dtype), table_VD.dtype, is_split), is_split)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _copy(table_VD, dtype, parameter_dtype, is_split):
+    def gather(part_VD):
+        rows_VD = part_VD.astype(dtype)  # before it is sent: half the bytes in 16 bits
+        for axis in split_axes('embed_parameter'):
+            rows_VD = jax.lax.all_gather(rows_VD, axis, axis=1, tiled=True)
+        return rows_VD[None], jnp.zeros((1, *rows_VD.shape), jnp.float32)
+
+    names = ([('vocab', 'embed_parameter')], [TABLE_COPIES, TABLE_COPIES])
+    return (per_device(gather, *names) if is_split else gather)(table_VD)
+
+
+def _copy_forward(table_VD, dtype, parameter_dtype, is_split):
+    return _copy(table_VD, dtype, parameter_dtype, is_split), None
+
+
+def _copy_backward(dtype, parameter_dtype, is_split, _, cotangents):
+    def reduce(dcopy_1VD):
+        dtable_VD, axes = dcopy_1VD[0], split_axes('copy')
+        if 'fsdp' in axes:
+            dtable_VD = jax.lax.psum_scatter(dtable_VD, 'fsdp', scatter_dimension=1, tiled=True)
+        if others := tuple(axis for axis in axes if axis != 'fsdp'):
+            dtable_VD = jax.lax.psum(dtable_VD, others)
+        return dtable_VD.astype(parameter_dtype)
+
+    names = ([TABLE_COPIES], ('vocab', 'embed_parameter'))
+    return ((per_device(reduce, *names) if is_split else reduce)(cotangents[1]),)
+
+
+_copy.defvjp(_copy_forward, _copy_backward)
+
+
+def first_row(rows_VD: jax.Array) -> jax.Array | int:
+    """Which row of the whole table this device's part begins with."""
+    return rows_VD.shape[0] * jax.lax.axis_index('tensor') if split_axes('vocab') else 0
+
+
+@jax.custom_vjp
+def embed_tokens(table: TokenTable, tokens_BT: jax.Array) -> jax.Array:
+    """The row of each token: [batch, time] -> [batch, time, d_model], in the compute dtype."""
+
+    def look_up(rows_1VD, tokens_BT):
+        rows_VD = rows_1VD[0]
+        if not (axes := split_axes('vocab')):
+            return rows_VD[tokens_BT]
+        # One device has the row, the others add zeros: nothing of the table is sent.
+        tokens_BT = tokens_BT - first_row(rows_VD)
+        is_here_BT = (tokens_BT >= 0) & (tokens_BT < rows_VD.shape[0])
+        return jax.lax.psum(jnp.where(is_here_BT[..., None], rows_VD[tokens_BT], 0), axes)
+
+    names = ([TABLE_COPIES, ('batch', 'time')], ('batch', 'time', 'embed'))
+    return table.run(look_up, *names)(table.rows, tokens_BT)
+
+
+def _embed_forward(table, tokens_BT):
+    return embed_tokens(table, tokens_BT), (table.replace(gradient=None), tokens_BT)
+
+
+def _embed_backward(residuals, dx_BTD):
+    table, tokens_BT = residuals
+
+    def add_up(rows_1VD, tokens_BT, dx_BTD):
+        rows_VD, start = rows_1VD[0], first_row(rows_1VD[0])
+        # A token of another device's part goes to a row that does not exist, and is dropped.
+        rows_BT = tokens_BT - start
+        if split_axes('vocab'):
+            rows_BT = jnp.where(rows_BT < 0, rows_VD.shape[0], rows_BT)
+        return jnp.zeros(rows_VD.shape, jnp.float32).at[rows_BT].add(dx_BTD.astype(jnp.float32), mode='drop')[None]
+
+    names = ([TABLE_COPIES, ('batch', 'time'), ('batch', 'time', 'embed')], TABLE_COPIES)
+    dtable = table.run(add_up, *names)(table.rows, tokens_BT, dx_BTD)
+    return table.replace(rows=None, gradient=dtable), None
+
+
+embed_tokens.defvjp(_embed_forward, _embed_backward)

@@ -5,12 +5,15 @@ from gpt_jax.parallel.mesh import (
     AXES,
     activate,
     axis_sizes,
+    can_split,
     constrain,
     current_mesh,
     make_abstract_mesh,
     make_mesh,
     on_one_device,
     parse_mesh,
+    per_device,
+    split_axes,
     target_device,
 )
 from gpt_jax.parallel.sharding import (
@@ -28,6 +31,7 @@ __all__ = [
     'activate',
     'axis_sizes',
     'batch_sharding',
+    'can_split',
     'constrain',
     'current_mesh',
     'global_batch',
@@ -37,7 +41,9 @@ __all__ = [
     'parameter_spec',
     'parse_mesh',
     'path_name',
+    'per_device',
     'replicated',
+    'split_axes',
     'target_device',
     'tree_shardings',
 ]

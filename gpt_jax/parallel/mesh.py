@@ -8,7 +8,8 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -27,9 +28,13 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     'vocab': 'tensor',
     'embed': None,
     'head_dim': None,
+    # The model dimension of a parameter, and the copies of one: one for each device that has tokens of its own.
+    'embed_parameter': 'fsdp',
+    'copy': ('data', 'fsdp', 'context'),
 }
 
 _active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar('gpt_jax_mesh', default=None)
+_inside_per_device: contextvars.ContextVar[bool] = contextvars.ContextVar('gpt_jax_per_device', default=False)
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -122,9 +127,54 @@ def target_device() -> jax.Device:
 
 
 def on_one_device() -> bool:
-    """Whether no mesh is active, or one of a single device: no dimension is split."""
+    """Whether no dimension is split: no mesh is active, one of a single device, or the code is inside `per_device`."""
     mesh = current_mesh()
-    return mesh is None or mesh.size == 1
+    return mesh is None or mesh.size == 1 or _inside_per_device.get()
+
+
+def per_device(function: Callable, in_names: Sequence[tuple[str | None, ...]], out_names: Any) -> Callable:
+    """`function` as every device of the mesh runs it, on its own parts of the arrays alone (`jax.shard_map`).
+
+    For what the compiler cannot split by itself, or splits badly. Inside, `constrain` does nothing and `split_axes`
+    names what collectives run over. Only where `can_split`; differentiate outside of it, by `jax.custom_vjp`.
+
+    Args:
+      function: takes arrays, gives an array or a tuple of them (None for one that is left out).
+      in_names: the logical names of the dimensions of each argument.
+      out_names: those of the result, or a list of them where it is a tuple.
+    """
+
+    def run(*arrays):
+        token = _inside_per_device.set(True)
+        try:
+            return function(*arrays)
+        finally:
+            _inside_per_device.reset(token)
+
+    in_specs = tuple(logical_spec(*names) for names in in_names)
+    several = isinstance(out_names, list)
+    out_specs = tuple(logical_spec(*names) for names in out_names) if several else logical_spec(*out_names)
+    # The check of what varies over which axis would want every constant marked; the collectives here are few.
+    return jax.shard_map(run, mesh=current_mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def can_split(shape: tuple[int, ...], *names: str | None) -> bool:
+    """Whether the active mesh has several devices, and its axes divide the dimensions called `names`."""
+    if on_one_device():
+        return False
+    return all(
+        size % math.prod(current_mesh().shape[a] for a in _axes(n)) == 0 for size, n in zip(shape, names, strict=True)
+    )
+
+
+def split_axes(name: str) -> tuple[str, ...]:
+    """Inside `per_device`, the mesh axes that the logical dimension `name` is split over; none outside of it."""
+    return tuple(a for a in _axes(name) if current_mesh().shape[a] > 1) if _inside_per_device.get() else ()
+
+
+def _axes(name: str | None) -> tuple[str, ...]:
+    axes = None if name is None else LOGICAL_AXES[name]
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 def logical_spec(*names: str | None) -> PartitionSpec:
@@ -142,7 +192,4 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     spec = logical_spec(*names)
     if len(names) != x.ndim:
         raise ValueError(f'{len(names)} names {names} for an array of shape {x.shape}')
-    mesh = current_mesh()
-    if mesh is None or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return x if on_one_device() else jax.lax.with_sharding_constraint(x, NamedSharding(current_mesh(), spec))

@@ -152,7 +152,7 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
       placement: the model and its devices.
       state: the training state (`params`, `opt_state`) as sharded ShapeDtypeStructs.
       cpu: as XLA's CPU backend does it: numbers of 16 bits are held as 32, and where layers are unrolled it merges what
-        rematerialisation makes again with what was made before, so that nothing is saved.
+        rematerialisation makes again with what was made before, so that nothing is saved; the loss has small chunks.
     """
     config, mesh = placement.config, placement.mesh
     if cpu and not config.scan_layers:
@@ -163,7 +163,7 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
     # Copies of parameters are split like these.
     of_layer = tokens * of_token + _kept_weights(config, cpu) / (mesh.fsdp * mesh.tensor)
     kept = config.n_layer * of_layer
-    layer, loss = _layer_working(config, mesh, tokens, itemsize), _loss_working(config, mesh, tokens, itemsize)
+    layer, loss = _layer_working(config, mesh, tokens, itemsize), _loss_working(config, mesh, tokens, itemsize, cpu)
     # The token table as each device reads it, and the head's gradient, which is whole until the embedding's is added.
     table = _table_copy(config, mesh, itemsize)
     table += config.padded_vocab_size * config.d_model * F32 / mesh.tensor * (1 - 1 / mesh.fsdp)
@@ -269,12 +269,13 @@ def _block_bytes(config: GPTConfig, tokens: float, itemsize: int, band: int | No
     return 3 * config.n_head * scores * F32 + copies
 
 
-def _loss_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize: int) -> float:
+def _loss_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize: int, cpu: bool) -> float:
     """Bytes that the final norm and the loss work with, forward and backward, besides `_table_copy`."""
     vocab = config.padded_vocab_size / mesh.tensor
-    logits = min(tokens * vocab, CHUNK_ELEMENTS) * (F32 + itemsize)  # and their gradients
+    chunk = CHUNK_ELEMENTS['cpu' if cpu else 'accelerator']
+    logits = min(tokens * vocab, chunk) * (F32 + itemsize)  # and their gradients
     # The newest chunk's gradient of the head, beside the sum, which is counted with the gradients.
-    head = vocab * config.d_model * F32 if tokens * vocab > CHUNK_ELEMENTS else 0
+    head = vocab * config.d_model * F32 if tokens * vocab > chunk else 0
     return logits + head + 3 * tokens * config.d_model * itemsize  # its input, the gradients of that and of the norm's
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import pytest
 import quick
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jaxprs import largest_array
+from jaxprs import equations, largest_array
 from numpy_reference import cross_entropy, float64, gpt_logits, log_softmax
 
 from gpt_jax.models import GPT, GPTConfig, losses
+from gpt_jax.models.layers import copy_table, embed_tokens
 
 
 def problem(seed, batch, time, width, vocab_size, padded):
@@ -24,8 +26,12 @@ def problem(seed, batch, time, width, vocab_size, padded):
     return x_BTD, head_VD, targets_BT, rng.standard_normal((batch, time), np.float32)
 
 
+def cross_entropies(x, head, targets, vocab_size):
+    return losses.linear_cross_entropy(x, copy_table(head, x.dtype, targets), targets, vocab_size)
+
+
 def losses_and_gradients(x, head, targets, weights, vocab_size):
-    value, pullback = jax.vjp(lambda x, head: losses.linear_cross_entropy(x, head, targets, vocab_size), x, head)
+    value, pullback = jax.vjp(lambda x, head: cross_entropies(x, head, targets, vocab_size), x, head)
     return value, pullback(weights)
 
 
@@ -43,7 +49,7 @@ def losses_and_gradients(x, head, targets, weights, vocab_size):
 def test_losses_and_gradients_equal_numpy_however_time_is_cut(batch, time, vocab_size, padding, chunk_elements):
     x, head, targets, weights = problem(time, batch, time, 5, vocab_size, vocab_size + padding)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, 'CHUNK_ELEMENTS', chunk_elements)
+        patch.setitem(losses.CHUNK_ELEMENTS, 'cpu', chunk_elements)
         value, (dx, dhead) = quick.jit(losses_and_gradients, static_argnums=4)(x, head, targets, weights, vocab_size)
 
     x, head = float64((x, head[:vocab_size]))
@@ -57,7 +63,7 @@ def test_losses_and_gradients_equal_numpy_however_time_is_cut(batch, time, vocab
 
 def test_losses_of_extreme_logits_are_finite():
     x, head, targets, _ = problem(0, 1, 4, 5, 30, 32)
-    value = losses.linear_cross_entropy(1e3 * x, 1e2 * head, targets, 30)
+    value = cross_entropies(1e3 * x, 1e2 * head, targets, 30)
     np.testing.assert_allclose(value, cross_entropy(1e5 * float64(x) @ float64(head[:30]).T, targets), rtol=1e-5)
 
 
@@ -113,3 +119,26 @@ def test_token_losses_never_hold_the_logits_of_the_batch(direction):
 
 def test_a_fresh_model_loses_the_entropy_of_a_uniform_guess(fresh, token_losses):
     assert abs(np.mean(token_losses(fresh)) / math.log(300) - 1) < 0.02
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_the_gradient_of_a_table_in_16_bits_is_added_up_in_float32(dtype):
+    # 3 000 gradients of 1 for one token: sums in 16 bits stop growing at 256 (bf16) or 2 048 (fp16).
+    tokens = jnp.zeros((2, 1500), jnp.int32)
+
+    def total(table):
+        return embed_tokens(copy_table(table, dtype, tokens), tokens).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(jnp.ones((128, 2), jnp.float32))
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient[0], [3000, 3000])
+
+
+@pytest.mark.parametrize(('platform', 'chunks'), [('cpu', 32), ('cuda', 1), ('tpu', 1)])
+def test_chunks_are_sized_by_the_device_that_is_compiled_for(monkeypatch, platform, chunks):
+    monkeypatch.setattr(losses, 'target_device', lambda: types.SimpleNamespace(platform=platform))
+    x, head = jax.ShapeDtypeStruct((4, 1024, 8), jnp.float32), jax.ShapeDtypeStruct((50304, 8), jnp.float32)
+    targets = jax.ShapeDtypeStruct((4, 1024), jnp.int32)
+    traced = jax.make_jaxpr(lambda x, head, targets: cross_entropies(x, head, targets, 50257))(x, head, targets)
+    (scan,) = (equation for equation in equations(traced) if equation.primitive.name == 'scan')
+    assert scan.params['length'] == chunks
