@@ -78,6 +78,7 @@ def main() -> None:
     peak = PEAK_TFLOPS.value * 1e12 if PEAK_TFLOPS.value else device and device.peak_flops
     limit = device and device.memory_bytes
     estimate = memory(placement)
+    check_mesh(run, dataclasses.asdict(placement.mesh))
     plan = {'name': config_flags.get_config_filename(flags.FLAGS['config']), 'device_kind': kind}
     plan |= _recipe_section(run) | planning.model_section(placement, _training_tokens(run))
     plan['memory'] = planning.memory_section(placement, estimate, limit)

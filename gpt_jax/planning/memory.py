@@ -121,7 +121,15 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the moment when it holds the most; see above."""
+    """Bytes on one device at the moment when it holds the most; see above.
+
+    Attributes:
+      parameters, optimizer, gradients: exact.
+      kept: activations kept for the backward pass, of all layers.
+      working: what one layer's backward pass, or the loss, holds besides.
+      batch: token ids.
+      overlap: 0 or negative: gradients of layers that come only where kept activations, or the loss, are gone.
+    """
 
     parameters: int
     optimizer: int
@@ -129,6 +137,7 @@ class Memory:
     kept: int
     working: int
     batch: int
+    overlap: int = 0
 
     @property
     def total(self) -> int:
@@ -143,7 +152,7 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
       placement: the model and its devices.
       state: the training state (`params`, `opt_state`) as sharded ShapeDtypeStructs.
       cpu: as XLA's CPU backend does it: numbers of 16 bits are held as 32, and where layers are unrolled it merges what
-        rematerialisation makes again with what was made before, so that nothing is saved.
+        rematerialisation makes again with what was made before, so that nothing is saved; the loss has small chunks.
     """
     config, mesh = placement.config, placement.mesh
     if cpu and not config.scan_layers:
@@ -155,18 +164,19 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
     of_layer = tokens * of_token + _kept_weights(config, cpu) / (mesh.fsdp * mesh.tensor)
     kept = config.n_layer * of_layer
     layer, loss = _layer_working(config, mesh, tokens, itemsize), _loss_working(config, mesh, tokens, itemsize, cpu)
-    gradients = sharded_bytes(state.params)
+    # The token table as each device reads it, and the head's gradient, which is whole until the embedding's is added.
+    table = _table_copy(config, mesh, itemsize)
+    table += config.padded_vocab_size * config.d_model * F32 / mesh.tensor * (1 - 1 / mesh.fsdp)
+    gradients, of_blocks = sharded_bytes(state.params), sharded_bytes(state.params['blocks'])
     before = gradients if placement.accumulation_steps > 1 else 0  # the sum so far
-    if config.scan_layers:
-        # The gradients of all layers are one array from the start of the backward pass, which begins with the loss.
-        moments = ((before + gradients, kept, layer), (before, kept, loss))
-    else:
-        # Gradients come as kept activations go: what counts is the larger of both ends of the backward pass.
-        moments = ((before, kept, max(layer, loss)), (before + gradients, 0, 0))
+    # The backward pass begins with the loss. A scan then has the gradients of all layers as one array from the start;
+    # unrolled, they come as kept activations go: what counts is the larger of both ends.
+    start = gradients - of_blocks + kept + table + max(loss, layer + (of_blocks if config.scan_layers else 0))
+    working = table + max(loss, layer)
+    overlap = max(start, gradients) - (gradients + kept + working)
     token_ids = 2 * 4 * placement.batch_size // placement.split * config.block_size // mesh.context
-    return Memory(
-        sharded_bytes(state.params), sharded_bytes(state.opt_state), *map(int, max(moments, key=sum)), token_ids
-    )
+    estimates = map(int, (kept, working, token_ids, overlap))
+    return Memory(gradients, sharded_bytes(state.opt_state), gradients + before, *estimates)
 
 
 def sharded_bytes(tree: Any) -> int:
@@ -260,13 +270,20 @@ def _block_bytes(config: GPTConfig, tokens: float, itemsize: int, band: int | No
 
 
 def _loss_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize: int, cpu: bool) -> float:
-    """Bytes that the final norm and the loss work with, forward and backward."""
+    """Bytes that the final norm and the loss work with, forward and backward, besides `_table_copy`."""
     vocab = config.padded_vocab_size / mesh.tensor
     chunk = CHUNK_ELEMENTS['cpu' if cpu else 'accelerator']
     logits = min(tokens * vocab, chunk) * (F32 + itemsize)  # and their gradients
-    # Its gradient, that of a chunk beside it where there are several, and its copy in the compute dtype.
-    head = vocab * config.d_model * (F32 * (2 if tokens * vocab > chunk else 1) + itemsize)
+    # The newest chunk's gradient of the head, beside the sum, which is counted with the gradients.
+    head = vocab * config.d_model * F32 if tokens * vocab > chunk else 0
     return logits + head + 3 * tokens * config.d_model * itemsize  # its input, the gradients of that and of the norm's
+
+
+def _table_copy(config: GPTConfig, mesh: MeshConfig, itemsize: int) -> float:
+    """Bytes of the token table as each device reads it: in the compute dtype, and whole where fsdp splits it."""
+    if itemsize == F32 and mesh.fsdp == 1:
+        return 0
+    return config.padded_vocab_size * config.d_model * itemsize / mesh.tensor * (1 if config.tie_embeddings else 2)
 
 
 def smaller(placement: Placement) -> Iterator[Placement]:

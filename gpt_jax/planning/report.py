@@ -51,6 +51,7 @@ def memory_section(placement: Placement, memory: Memory, limit: int | None) -> d
         'kept_activations_bytes': memory.kept,
         'working_bytes': memory.working,
         'batch_bytes': memory.batch,
+        'overlap_bytes': memory.overlap,
         'total_bytes': memory.total,
         'device_bytes': limit,
     }
@@ -99,7 +100,7 @@ def render(plan: Plan) -> str:
 
 def size(count: int) -> str:
     """Bytes as GiB, or as MiB where they are few."""
-    return f'{count / GIB:,.2f} GiB' if count >= GIB / 10 else f'{count / MIB:,.2f} MiB'
+    return f'{count / GIB:,.2f} GiB' if abs(count) >= GIB / 10 else f'{count / MIB:,.2f} MiB'
 
 
 def _row(label: str, value: str, note: str = '') -> str:
@@ -149,10 +150,11 @@ def _memory(plan: Plan) -> list[str]:
     parts = (
         ('parameters', 'parameters_bytes', 'float32'),
         ('optimizer', 'optimizer_bytes', "float32, Adam's two moments"),
-        ('gradients', 'gradients_bytes', 'float32, what is there at the peak'),
+        ('gradients', 'gradients_bytes', 'float32; with micro-batches the sum and the newest'),
         ('activations kept', 'kept_activations_bytes', f'{found["compute"]}, remat {found["remat"]}; {rows}'),
         ('working memory', 'working_bytes', "one layer's backward pass, or the logits of a chunk"),
         ('batch', 'batch_bytes', 'token ids'),
+        ('never at once', 'overlap_bytes', 'gradients that come when activations have gone'),
     )
     total, limit = found['total_bytes'], found['device_bytes']
     share = '' if limit is None else f'{total / limit:.0%} of the {size(limit)} of a {plan["device_kind"]}'

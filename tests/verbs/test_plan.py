@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import re
 
@@ -79,6 +80,21 @@ def test_the_cpu_compiler_says_what_the_real_step_needs_beside_the_estimate(verb
     assert re.search(r'^Memory of a device, by the CPU compiler \(cpu:2\)$', text, re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, the TPU compiler: [tpu-aot]')
+def test_the_tpu_compiler_allocates_what_the_estimate_says(verb):
+    sizes = ('--config.model.n_layer=4', '--config.model.block_size=256', '--config.train.batch_size=64')
+    mesh = ('--config.mesh.data=1', '--config.mesh.fsdp=4', '--topology=v5e:2x2')
+    status, output, _ = verb('plan', '--config=configs/gpt3.py:125m', *sizes, *mesh, '--json')
+    assert status == 0
+    memory, compiled = (json.loads(output)[section] for section in ('memory', 'compiled'))
+    assert (compiled['compiler'], compiled['fits']) == ('the TPU compiler', True)
+    assert memory['total_bytes'] == pytest.approx(compiled['needed_bytes'], rel=0.15)
+    # Parameters and Adam's moments, split over four, and the batch: exactly what goes in, but for padding.
+    given = memory['parameters_bytes'] + memory['optimizer_bytes']
+    assert given == pytest.approx(compiled['arguments_bytes'], rel=0.02)
+
+
 def test_the_row_of_the_table_that_contradicts_itself_is_explained(verb):
     _, output, _ = verb('plan', '--config=configs/gpt3.py:1.3b')
     assert 'Table 2.1 gives 24 heads of 128 at width 2048' in output
@@ -114,6 +130,10 @@ def test_remat_micro_batches_and_fsdp_make_the_plan_smaller(verb):
         (['SMOKE', '--peak_tflops=-1'], '--peak_tflops=-1.0 must be above 0'),
         (['SMOKE', '--dollars_per_device_hour=inf'], '--dollars_per_device_hour=inf must be above 0'),
         (['SMOKE', '--devices=6', '--config.mesh.fsdp=4'], 'does not divide the 6 devices'),
+        (
+            ['SMOKE', '--devices=2', '--config.mesh.data=1', '--config.mesh.context=2'],
+            'mesh.context=2 cannot train yet',
+        ),
         (['SMOKE', '--devices=32'], 'train.batch_size=8 in 1 micro-batches is not divisible by the 32 devices'),
         (
             ['SMOKE', '--devices=8', '--config.mesh.context=8'],
