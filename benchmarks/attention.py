@@ -15,7 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.models.blockwise import banded_attention, blockwise_attention
+from gpt_jax.models.attention import banded_attention, blockwise_attention
 
 GROWTH_LEVEL, SPEED_LEVEL, ROUNDS = 1.3, 4.0, 7
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.inference import Beams, Ending, Engine, Sampling, beam_search, generate
+from gpt_jax.inference import Beams, Engine, Sampling, StoppingCriteria, generate
 from gpt_jax.models import preset
 
 try:
@@ -87,10 +87,9 @@ def make_peer(model, params) -> transformers.GPT2LMHeadModel:
 
 def ours(engine: Engine, row: Row, prompts: np.ndarray) -> list[list[int]]:
     """The new tokens of each prompt."""
-    ending, prompts = Ending(row.new, NEVER), prompts.tolist()
-    if row.beams > 1:
-        return [found[0].tokens for found in beam_search(engine, prompts, Beams(row.beams), ending)]
-    return [found[0].tokens for found in generate(engine, prompts, Sampling(greedy=True), ending)]
+    stopping, strategy = StoppingCriteria(row.new, NEVER), Beams(row.beams) if row.beams > 1 else None
+    found = generate(engine, prompts.tolist(), Sampling(greedy=True), stopping, strategy=strategy)
+    return [of_prompt[0].tokens for of_prompt in found]
 
 
 def theirs(peer: transformers.GPT2LMHeadModel, row: Row, prompts: np.ndarray) -> list[list[int]]:

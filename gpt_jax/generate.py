@@ -10,12 +10,20 @@ Face directory of GPT-2 or GPT-Neo. A continuation depends on the seed and on it
 on --batch_size.
 """
 
+import dataclasses
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from gpt_jax import cli
 from gpt_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from gpt_jax.data import Tokenizer
+    from gpt_jax.inference import Sampling, Strategy
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('checkpoint', None, 'a workdir, a checkpoints/STEP folder, or a Hugging Face directory')
@@ -32,6 +40,7 @@ flags.DEFINE_integer('num_samples', 1, 'continuations of each prompt')
 flags.DEFINE_integer('batch_size', 8, 'continuations made at once')
 flags.DEFINE_integer('seed', 0, 'of the draws')
 flags.DEFINE_enum('cache_dtype', None, ['f32', 'bf16', 'fp16'], "of the key-value cache (default: the checkpoint's)")
+cli.define_mesh_flag()
 flags.DEFINE_bool('json', False, 'print one JSON object a continuation')
 flags.DEFINE_bool('echo', True, 'print the prompt before its continuation')
 _STRATEGIES = ['greedy', 'sample', 'beam', 'contrastive']
@@ -57,11 +66,20 @@ flags.DEFINE_float('diversity_penalty', 0.0, 'taken off what a group before has 
 # Of contrastive, with top_k candidates (default: 4).
 flags.DEFINE_float('penalty_alpha', 0.6, 'weight of being unlike the text against being likely')
 # Of greedy and sample, for speed.
-flags.DEFINE_string('draft_checkpoint', None, 'a smaller model whose guesses are checked: same texts, sooner')
-flags.DEFINE_integer('prompt_lookup', 0, 'guess what followed the last so many tokens before; 0: do not')
-flags.DEFINE_integer('draft_tokens', 4, 'how many tokens are guessed at a time')
+flags.DEFINE_string('draft_checkpoint', None, 'a smaller model whose drafts are checked: same texts, sooner')
+flags.DEFINE_integer('prompt_lookup', 0, 'draft what followed the last so many tokens before; 0: do not')
+flags.DEFINE_integer('draft_tokens', 4, 'how many tokens are drafted at a time')
 
 DEFAULT_NEW_TOKENS = 64
+# Which strategies a flag is for; the others are for all. Greedy decoding leaves those of draws aside.
+_DRAWS, _DRAFTS = ('sample', 'greedy'), ('draft_checkpoint', 'draft_tokens', 'prompt_lookup')
+_STRATEGIES_OF = dict.fromkeys(('temperature', 'top_p', 'min_p', 'typical_p', *_DRAFTS), _DRAWS)
+_STRATEGIES_OF |= {'top_k': ('sample', 'contrastive', 'greedy'), 'penalty_alpha': ('contrastive',)}
+_BEAM_FLAGS = ('num_beams', 'length_penalty', 'early_stopping', 'num_beam_groups', 'diversity_penalty')
+_STRATEGIES_OF |= dict.fromkeys(_BEAM_FLAGS, ('beam',)) | {'best_of': ('sample',)}
+# What --debug, which goes through one text token by token, leaves no room for.
+_NOT_IN_DEBUG = ('interactive', 'json', 'num_samples', 'best_of', 'stop', 'allow_sliding', 'mesh')
+_NOT_IN_DEBUG += ('draft_checkpoint', 'prompt_lookup')
 
 
 def main() -> None:
@@ -73,38 +91,101 @@ def main() -> None:
     from gpt_jax import checkpoints, inference
 
     cli.use_compilation_cache()
-    checkpoints.resolve(FLAGS.checkpoint, FLAGS.step)  # a wrong name is told of before a prompt is asked for
-    strategy = inference.make_strategy(cli.values(), cli.values(given_alone=True))
+    # What is wrong is told of before a prompt is asked for, and before the weights are read.
+    checkpoints.resolve(FLAGS.checkpoint, FLAGS.step)
+    if FLAGS.debug:
+        _check_debug()
+    sampling, strategy = _read_strategy()
     prompts = None if FLAGS.interactive else inference.read_prompts(FLAGS.prompt, FLAGS.prompt_file, FLAGS.prompt_lines)
-    ready = checkpoints.load_model(FLAGS.checkpoint, FLAGS.step)
-    tokenizer, block_size = ready.tokenizer, ready.model.config.block_size
-    strategy = strategy.without_words(tokenizer, FLAGS.bad_words)
-    strategy = strategy.with_guesses(tokenizer, FLAGS.draft_tokens, FLAGS.prompt_lookup, FLAGS.draft_checkpoint)
+    mesh = cli.read_mesh()
+    loaded = checkpoints.load_model(FLAGS.checkpoint, FLAGS.step, mesh=mesh)
+    tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
+    sampling = dataclasses.replace(sampling, bad_words_ids=inference.word_ids(tokenizer, FLAGS.bad_words))
     if FLAGS.debug:
         from gpt_jax.inference import debug
 
         count = DEFAULT_NEW_TOKENS if FLAGS.max_new_tokens is None else FLAGS.max_new_tokens
-        debug.run(ready, prompts, strategy.sampling, count, FLAGS.seed)
+        debug.run(loaded, prompts, sampling, count, FLAGS.seed)
         return
-    engine = inference.Engine(ready.model, ready.params, cache_dtype=FLAGS.cache_dtype)
+    if FLAGS.draft_checkpoint is not None:
+        strategy = _load_draft(tokenizer, mesh)
+    engine = inference.Engine(loaded.model, loaded.params, cache_dtype=FLAGS.cache_dtype, mesh=mesh, weights='take')
     stop = inference.StopStrings(tokenizer, FLAGS.stop) if FLAGS.stop else None
     writer = inference.Writer(sys.stdout, tokenizer, as_json=FLAGS.json, echo=FLAGS.echo, stop=FLAGS.stop)
+    settings = {'strategy': strategy, 'seed': FLAGS.seed, 'batch_size': FLAGS.batch_size}
+    settings['num_samples'] = FLAGS.num_samples if strategy is None or FLAGS.strategy in _DRAWS else 1
+    settings['steps'] = 1 if writer.is_watched else inference.STEPS_AT_A_TIME
 
     def write(prompts: list[str], first: int = 0) -> None:
         tokens = tokenizer.encode_batch(prompts)
         room = block_size if FLAGS.allow_sliding else block_size - max(1, *map(len, tokens))
         count = max(1, min(DEFAULT_NEW_TOKENS, room)) if FLAGS.max_new_tokens is None else FLAGS.max_new_tokens
-        ending = inference.Ending(count, tokenizer.end_of_text, stop, FLAGS.allow_sliding)
-        watched = {'steps': 1} if writer.is_watched else {}
-        updates = inference.continuations(engine, tokens, strategy, ending, first=first, **watched)
+        stopping = inference.StoppingCriteria(count, tokenizer.end_of_text, stop, FLAGS.allow_sliding)
+        updates = inference.stream(engine, tokens, sampling, stopping, first=first, **settings)
         writer.write(prompts, FLAGS.num_samples, updates)
-        if strategy.guessing is not None:
-            print(strategy.guessing.tally, file=sys.stderr)
+        if isinstance(strategy, inference.Speculative):
+            print(strategy.acceptance, file=sys.stderr)
 
     if FLAGS.interactive:
-        inference.converse(write)
+        inference.prompt_loop(write)
     else:
         write(prompts)
+
+
+def _read_strategy() -> 'tuple[Sampling, Strategy | None]':
+    """What the flags say of how a token is chosen, and of a strategy beside it; without the words and the draft model.
+
+    Raises InputError where a value is out of range, or a flag that was given does not go with the strategy.
+    """
+    from gpt_jax.inference import Beams, BestOf, Contrastive, Sampling, Speculative
+
+    name, values, given = FLAGS.strategy, cli.values(), cli.values(given_alone=True)
+    for flag, strategies in _STRATEGIES_OF.items():
+        if flag in given and name not in strategies:
+            listed = ' and '.join(each for each in strategies if each != 'greedy')
+            raise InputError(f'--{flag}={values[flag]} does not go with --strategy={name}: it is for {listed}')
+
+    def settings(cls, **chosen):
+        return cls(**({f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values} | chosen))
+
+    sampling, strategy = settings(Sampling, greedy=name != 'sample'), None
+    if name == 'beam':
+        early = {'true': True, 'false': False}.get(FLAGS.early_stopping, FLAGS.early_stopping)
+        strategy = settings(Beams, early_stopping=early, num_return_sequences=FLAGS.num_samples)
+    elif name == 'contrastive':
+        if FLAGS.num_samples > 1:
+            raise InputError(
+                f'num_samples={FLAGS.num_samples} of a contrastive search would all be the same; ask for 1'
+            )
+        strategy = settings(Contrastive, **({} if 'top_k' in given else {'top_k': Contrastive.top_k}))
+    elif FLAGS.best_of:
+        if FLAGS.prompt_lookup or FLAGS.draft_checkpoint is not None:
+            raise InputError(f'best_of={FLAGS.best_of} does not go with speculative decoding; leave one of them out')
+        strategy = BestOf(FLAGS.best_of, FLAGS.num_samples)
+    elif FLAGS.prompt_lookup:
+        strategy = Speculative(FLAGS.draft_tokens, ngram=FLAGS.prompt_lookup)
+    return sampling, strategy
+
+
+def _load_draft(tokenizer: 'Tokenizer', mesh: 'Mesh | None') -> 'Strategy':
+    """Speculative decoding with the model of --draft_checkpoint."""
+    from gpt_jax import checkpoints, inference
+
+    draft = checkpoints.load_model(FLAGS.draft_checkpoint, mesh=mesh)
+    if draft.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f'{FLAGS.draft_checkpoint} has another tokenizer; use a draft that was trained with the same')
+    engine = inference.Engine(draft.model, draft.params, mesh=mesh, weights='take')
+    return inference.Speculative(FLAGS.draft_tokens, engine)
+
+
+def _check_debug() -> None:
+    for other in _NOT_IN_DEBUG:
+        if other in cli.values(given_alone=True):
+            raise InputError(f'--debug and --{other} exclude each other; give one of them')
+    if FLAGS.strategy not in _DRAWS:
+        raise InputError(f'--debug takes one token after another; --strategy={FLAGS.strategy} does not: use sample')
+    if FLAGS.prompt is None and FLAGS.prompt_file is None:
+        raise InputError('--debug takes commands from standard input; give the text by --prompt or --prompt_file')
 
 
 if __name__ == '__main__':

@@ -15,19 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.errors import InputError
-from gpt_jax.inference.buckets import bucket
-from gpt_jax.inference.engine import Engine, Seen
-from gpt_jax.inference.request import Ending, Generation, check_ending, make_requests
+from gpt_jax.inference.engine import Engine, pack, padded_length, run_steps
+from gpt_jax.inference.generate import Generation, Request, StoppingCriteria, longest_text
 from gpt_jax.inference.sampling import Chain, Sampling
+from gpt_jax.models.cache import Cache, take_rows
 from gpt_jax.parallel import activate
-
-# Steps of one compiled loop: between two of them Ctrl-C is looked at.
-STEPS_AT_A_TIME = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """Settings of contrastive search, with Hugging Face's names.
+    """Contrastive search, a strategy of `generate`; the settings have Hugging Face's names.
 
     Attributes:
       penalty_alpha: weight of unlikeness against probability; in [0, 1], at 0 it is greedy decoding.
@@ -40,20 +37,85 @@ class Contrastive:
     penalty_alpha: float = 0.6
     top_k: int = 4
 
+    draws = False
+    largest_batch = None
+
     def __post_init__(self):
         if not 0 <= self.penalty_alpha <= 1:
             raise InputError(f'penalty_alpha={self.penalty_alpha} must be from 0 to 1')
         if self.top_k < 1:
             raise InputError(f'top_k={self.top_k} must be at least 1 for contrastive search: how many candidates')
 
+    def check(
+        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stopping: StoppingCriteria
+    ) -> None:
+        """Raises InputError where settings do not go with contrastive search."""
+        del engine, requests
+        if not sampling.greedy:
+            raise InputError('contrastive search draws nothing; leave out temperature, top_p, min_p and typical_p')
+        stopping.check_search('contrastive search')
+
+    def begin(
+        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stopping: StoppingCriteria, seed: int
+    ) -> 'ContrastiveBatch':
+        """A search for each request."""
+        del seed
+        return ContrastiveBatch(engine, requests, self, sampling, stopping)
+
+
+class ContrastiveBatch:
+    """Texts on their way; they are there when all of them have ended.
+
+    Attributes:
+      unfinished: whether any text goes on.
+      generations: at the end the text of each request.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        contrastive: Contrastive,
+        sampling: Sampling,
+        stopping: StoppingCriteria,
+    ):
+        config = engine.model.config
+        self._engine, self._requests, self._stopping = engine, requests, stopping
+        chain = sampling.chain(config.vocab_size, stopping.end_of_text)
+        self._rules = (np.int32(stopping.max_new_tokens), np.float32(contrastive.penalty_alpha), chain)
+        rows = engine.batch_size(len(requests))
+        width = padded_length(longest_text(requests, stopping), config.block_size)
+        tokens_BL, lengths_B = pack([request.prompt for request in requests], width, rows)
+        # Rows that fill the batch up are done before they begin.
+        arrays = map(engine.place, (tokens_BL, lengths_B, np.arange(rows) >= len(requests)))
+        padded = padded_length(int(lengths_B.max()), config.block_size)
+        sizes = (padded, min(contrastive.top_k, config.vocab_size), engine.cache_dtype)
+        self._state = start(engine.model, engine.mesh, engine.params, *arrays, *sizes)
+        self.unfinished, self.generations = True, []
+
+    def advance(self, steps: int) -> None:
+        """At most `steps` tokens more for each text."""
+        engine = self._engine
+        self._state = advance(engine.model, engine.mesh, engine.params, self._state, steps, *self._rules)
+        self.unfinished = not np.all(self._state.done_B)
+        if not self.unfinished:
+            tokens_BL, logprobs_BL = map(np.asarray, (self._state.tokens_BL, self._state.logprobs_BL))
+            for row, request in enumerate(self._requests):
+                new = slice(len(request.prompt), len(request.prompt) + int(self._state.count))
+                found = (tokens_BL[row, new], logprobs_BL[row, new])
+                self.generations.append(Generation.finished(*found, self._stopping.end_of_text))
+
+
+# What happens on the device.
+
 
 @flax.struct.dataclass
-class _State:
+class ContrastiveState:
     """A batch between two steps.
 
     Attributes:
-      seen: each text k times, with another candidate as its last token.
-      parents_B: the row of `seen` whose candidate was taken.
+      cache: of each text k times, with another candidate as its last token.
+      parents_B: the row of `cache` whose candidate was taken.
       logits_BV: of the token after each text.
       tokens_BL, logprobs_BL: texts, and the model's log-probabilities of new tokens.
       hidden_BLD: hidden states of the texts' tokens, of length 1.
@@ -62,7 +124,7 @@ class _State:
       done_B: which texts have ended.
     """
 
-    seen: Seen
+    cache: Cache
     parents_B: jax.Array
     logits_BV: jax.Array
     tokens_BL: jax.Array
@@ -73,69 +135,10 @@ class _State:
     done_B: jax.Array
 
 
-def contrastive_search(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    contrastive: Contrastive,
-    ending: Ending,
-    sampling: Sampling | None = None,
-    *,
-    batch_size: int = 8,
-) -> list[Generation]:
-    """The continuation of each prompt.
-
-    Args:
-      engine: the model.
-      prompts: token ids; an empty one starts a new document, from end-of-text.
-      contrastive: the settings.
-      ending: when a continuation is over; without stop strings and sliding.
-      sampling: filters that act in every strategy, such as min_new_tokens, with greedy=True; None: no filters.
-      batch_size: prompts continued at once.
-
-    Raises:
-      InputError: a prompt and its new tokens exceed block_size, or settings that do not go with contrastive search.
-    """
-    sampling = Sampling(greedy=True) if sampling is None else sampling
-    if not sampling.greedy:
-        raise InputError('contrastive search draws nothing; leave out temperature, top_p, min_p and typical_p')
-    check_ending(ending, 'contrastive search')
-    config = engine.model.config
-    chain = sampling.chain(config.vocab_size, ending.end_of_text)
-    requests = make_requests(config.block_size, prompts, ending, 1)
-    results = []
-    for start in range(0, len(requests), batch_size):
-        batch = [request.prompt for request in requests[start : start + batch_size]]
-        results += _search(engine, batch, contrastive, ending, chain)
-    return results
-
-
-def _search(
-    engine: Engine, prompts: list[Sequence[int]], contrastive: Contrastive, ending: Ending, chain: Chain
-) -> list[Generation]:
-    config, count = engine.model.config, len(prompts)
-    # Rows that fill the batch up are done before they begin.
-    prompts = prompts + [[0]] * (engine.batch_size(count) - count)
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths_B.max())
-    tokens_BL = np.zeros((len(prompts), bucket(longest + ending.max_new_tokens, config.block_size)), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BL[row, : len(prompt)] = prompt
-    programs = (engine.model, engine.mesh, engine.params)
-    sizes = (bucket(longest, config.block_size), min(contrastive.top_k, config.vocab_size), engine.cache_dtype)
-    done_B = np.arange(len(prompts)) >= count
-    state = _start(*programs, engine.place(tokens_BL), engine.place(lengths_B), engine.place(done_B), *sizes)
-    numbers = (np.int32(ending.max_new_tokens), np.float32(contrastive.penalty_alpha), chain)
-    while not np.all(state.done_B):
-        state = _advance(*programs, state, *numbers)
-    results, (tokens_BL, logprobs_BL) = [], map(np.asarray, (state.tokens_BL, state.logprobs_BL))
-    for row in range(count):
-        new = slice(len(prompts[row]), len(prompts[row]) + int(state.count))
-        results.append(Generation.ended(tokens_BL[row, new], logprobs_BL[row, new], ending))
-    return results
-
-
 @functools.partial(jax.jit, static_argnames=('model', 'mesh', 'padded_length', 'candidates', 'dtype'))
-def _start(model, mesh, params, tokens_BL, lengths_B, done_B, padded_length: int, candidates: int, dtype) -> _State:
+def start(
+    model, mesh, params, tokens_BL, lengths_B, done_B, padded_length: int, candidates: int, dtype
+) -> ContrastiveState:
     """Reads the prompts, of which there are the first `padded_length` tokens."""
     batch, length = tokens_BL.shape
     with activate(mesh):
@@ -144,8 +147,8 @@ def _start(model, mesh, params, tokens_BL, lengths_B, done_B, padded_length: int
         (logits_BV, cache), hidden_BTD = _apply(model, params, *arguments, method='prefill')
     hidden_BLD = jnp.pad(hidden_BTD, ((0, 0), (0, length - padded_length), (0, 0)))
     rows_R = jnp.repeat(jnp.arange(batch), candidates)
-    return _State(
-        seen=Seen(cache, lengths_B).rows(rows_R),
+    return ContrastiveState(
+        cache=take_rows(cache, rows_R),
         parents_B=jnp.arange(batch) * candidates,
         logits_BV=logits_BV,
         tokens_BL=tokens_BL,
@@ -158,23 +161,19 @@ def _start(model, mesh, params, tokens_BL, lengths_B, done_B, padded_length: int
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'mesh'), donate_argnames='state')
-def _advance(model, mesh, params, state: _State, max_new_tokens, penalty_alpha, chain: Chain) -> _State:
-    """Some tokens more, for as long as any text goes on; `state` is donated."""
+def advance(
+    model, mesh, params, state: ContrastiveState, steps, max_new_tokens, penalty_alpha, chain: Chain
+) -> ContrastiveState:
+    """At most `steps` tokens more, for as long as any text goes on; `state` is donated."""
     batch = state.parents_B.size
-    candidates = state.seen.lengths_B.size // batch
+    candidates = state.cache['lengths'].size // batch
 
-    def unfinished(carry):
-        steps, state = carry
-        return (steps < STEPS_AT_A_TIME) & ~jnp.all(state.done_B)
-
-    def step(carry):
-        steps, state = carry
+    def step(state):
         new_B = jnp.full(batch, state.count)
         scores_BV = chain.process(state.logits_BV, state.tokens_BL, state.lengths_B, new_B)
         probabilities_Bk, tokens_Bk = jax.lax.top_k(jax.nn.softmax(scores_BV, axis=-1), candidates)
-        seen = state.seen.rows(jnp.repeat(state.parents_B, candidates))
-        positions_R1 = seen.lengths_B[:, None]
-        arguments = (tokens_Bk.reshape(-1, 1), seen.cache, positions_R1)
+        cache = take_rows(state.cache, jnp.repeat(state.parents_B, candidates))
+        arguments = (tokens_Bk.reshape(-1, 1), cache, cache['lengths'][:, None])
         (logits_R1V, cache), hidden_R1D = _apply(model, params, *arguments)
         hidden_BkD = hidden_R1D.reshape(batch, candidates, -1)
         cosines_BkL = jnp.einsum('BkD,BLD->BkL', hidden_BkD, state.hidden_BLD)
@@ -183,23 +182,23 @@ def _advance(model, mesh, params, state: _State, max_new_tokens, penalty_alpha, 
         taken_B = jnp.argmax((1 - penalty_alpha) * probabilities_Bk - penalty_alpha * likeness_Bk, axis=-1)
         rows_B = jnp.arange(batch)
         token_B, parents_B = tokens_Bk[rows_B, taken_B], rows_B * candidates + taken_B
-        places = (rows_B, state.lengths_B)
+        next_slots = (rows_B, state.lengths_B)
         logprobs_BV = jax.nn.log_softmax(state.logits_BV, axis=-1)
         ended_B = (token_B == chain.end_of_text) | (state.count + 1 >= max_new_tokens)
-        return steps + 1, _State(
-            seen=Seen(cache, seen.lengths_B + 1),
+        return ContrastiveState(
+            cache=cache,
             parents_B=parents_B,
             logits_BV=logits_R1V[parents_B, 0],
-            tokens_BL=state.tokens_BL.at[places].set(token_B),
-            logprobs_BL=state.logprobs_BL.at[places].set(logprobs_BV[rows_B, token_B]),
-            hidden_BLD=state.hidden_BLD.at[places].set(hidden_BkD[rows_B, taken_B]),
+            tokens_BL=state.tokens_BL.at[next_slots].set(token_B),
+            logprobs_BL=state.logprobs_BL.at[next_slots].set(logprobs_BV[rows_B, token_B]),
+            hidden_BLD=state.hidden_BLD.at[next_slots].set(hidden_BkD[rows_B, taken_B]),
             lengths_B=state.lengths_B + 1,
             count=state.count + 1,
             done_B=state.done_B | ended_B,
         )
 
     with activate(mesh):
-        return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))[1]
+        return run_steps(step, lambda state: ~jnp.all(state.done_B), steps, state)
 
 
 def _apply(model, params, tokens_BT, *arguments, method: str = '__call__') -> tuple[tuple, jax.Array]:

@@ -17,6 +17,7 @@ import numpy as np
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.inference import filters
+from gpt_jax.inference.engine import power_of_two
 
 # With top_k up to the last of these, draws are from so many candidates instead of the whole vocabulary. A program is
 # compiled for each that is met, not for each top_k.
@@ -237,12 +238,8 @@ def _apply(logits_BV: jax.Array, named_filters: list[tuple[str, Filter]]) -> jax
 
 def _word_table(words: Sequence[Sequence[int]]) -> np.ndarray:
     """[words, tokens] for `filters.ban_words`, of sizes that are powers of two: few programs."""
-    rows = _power_of_two(len(words))
-    table = np.full((rows, _power_of_two(max((len(word) for word in words), default=1))), -1, np.int32)
+    rows = power_of_two(len(words))
+    table = np.full((rows, power_of_two(max((len(word) for word in words), default=1))), -1, np.int32)
     for row, word in zip(table, words, strict=False):
         row[len(row) - len(word) :] = word
     return table
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()

@@ -1,11 +1,9 @@
 """GPT-2 and GPT-3 as linen modules: arrays in, arrays out."""
 
 from gpt_jax.models import huggingface
-from gpt_jax.models.config import GPTConfig
-from gpt_jax.models.depth import stack_layers, unstack_layers
-from gpt_jax.models.gpt import GPT, GPT2, GPT3
+from gpt_jax.models.config import PRESETS, GPTConfig, preset_config
+from gpt_jax.models.gpt import GPT, GPT2, GPT3, parameter_shapes, preset, stack_layers, unstack_layers
 from gpt_jax.models.inspection import attention_maps, lens_logits, residual_streams
-from gpt_jax.models.presets import PRESETS, preset, preset_config
 
 __all__ = [
     'GPT',
@@ -16,6 +14,7 @@ __all__ = [
     'attention_maps',
     'huggingface',
     'lens_logits',
+    'parameter_shapes',
     'preset',
     'preset_config',
     'residual_streams',

@@ -1,25 +1,79 @@
-"""Causal self-attention, dense or locally banded, for whole sequences and for cached decoding."""
+"""Causal attention: kernels as pure functions of q, k, v, and the one function that chooses among them.
 
-import math
+None but `full_attention` ever holds the [time, keys] matrix of scores, in neither direction, and little of what is
+masked is computed: neither the later half nor, in a banded layer, what lies before the band. The gradients are written
+by hand from the saved log-sum-exp (Dao et al. 2022, "FlashAttention", section 3.1 and appendix B), which also spares
+the softmax's costly automatic derivative.
+"""
 
-import flax.linen as nn
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt_jax.models import blockwise, cache
-from gpt_jax.models.config import GPTConfig
-from gpt_jax.models.layers import INIT_STD, Dense, Dropout
-from gpt_jax.models.token_info import TokenInfo
-from gpt_jax.parallel import constrain
-
 # Finite, so that a row which may see nothing (padding) gives numbers and not NaN.
 MASKED = -1e30
 
-QKV_NAME, MLP_NAME = 'qkv', 'mlp_up'
-# The activations that remat='names' keeps: with them no matrix product of width 3 d_model or d_mlp is made again in the
-# backward pass, nor is attention.
-SAVED_NAMES = (QKV_NAME, blockwise.OUTPUT_NAME, blockwise.LOGSUMEXP_NAME, MLP_NAME)
+# Small enough to skip most of what is masked, large enough for the matrix units; measured on CPU.
+QUERY_BLOCK = 128
+# Each block of dense attention is code of its own: longer sequences get larger blocks instead of more of them.
+MAX_BLOCKS = 16
+SMALLEST_BAND_BLOCK = 8
+# Scores of a banded layer alive at once: more would only leave the CPU's caches.
+SCORE_ELEMENTS = 2**20
+
+# What attention keeps for its backward pass, by name: see `gpt.SAVED_NAMES`.
+OUTPUT_NAME, LOGSUMEXP_NAME = 'attention', 'attention_logsumexp'
+
+
+def choose_kernel(
+    device: jax.Device,
+    dtype: jnp.dtype,
+    head_dim: int,
+    *,
+    band: int | None = None,
+    dropout: bool = False,
+    documents: bool = False,
+) -> str:
+    """The kernel for whole sequences on a device like `device`: 'full', 'cudnn', 'banded' or 'blockwise'.
+
+    Args:
+      device: one that the program is compiled for, which need not be here (`parallel.target_device`).
+      dtype, head_dim: of queries, keys and values.
+      band: of the layer; None where it is dense.
+      dropout: whether probabilities are dropped.
+      documents: whether rows hold several documents that do not see each other.
+    """
+    if dropout:
+        return 'full'  # no fused kernel has dropout on the probabilities
+    # cuDNN would take documents only as a whole [time, keys] matrix for each row, added to the scores.
+    if not documents and _cudnn_takes(device, dtype, head_dim):
+        return 'cudnn'
+    return 'blockwise' if band is None else 'banded'
+
+
+def _cudnn_takes(device: jax.Device, dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether cuDNN's fused kernel has this case: it raises where it does not, and never falls back by itself."""
+    if device.platform not in ('gpu', 'cuda'):
+        return False
+    try:
+        # '9.0' with CUDA; ROCm's devices have names there, such as 'gfx90a'.
+        capability = tuple(int(part) for part in device.compute_capability.split('.'))
+    except (AttributeError, ValueError):
+        return False
+    # None before Ampere (8.0), and wider heads from Hopper (9.0) on.
+    widest = 256 if capability >= (9, 0) else 128 if capability >= (8, 0) else 0
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= widest
+
+
+def visible(queries_BT: jax.Array, keys_BS: jax.Array, band: int | None) -> jax.Array:
+    """Which keys a query sees, [batch, time, keys], by the positions of both; `band` counts the query itself."""
+    queries_BT1, keys_B1S = queries_BT[:, :, None], keys_BS[:, None, :]
+    seen_BTS = keys_B1S <= queries_BT1
+    return seen_BTS if band is None else seen_BTS & (keys_B1S > queries_BT1 - band)
 
 
 def masked_scores(q_BNTK: jax.Array, k_BNSK: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
@@ -33,119 +87,278 @@ def attention_weights(q_BNTK: jax.Array, k_BNSK: jax.Array, mask_BTS: jax.Array,
     return jax.nn.softmax(masked_scores(q_BNTK, k_BNSK, mask_BTS, scale), axis=-1)
 
 
-def visible(queries_BT: jax.Array, keys_BS: jax.Array, band: int | None) -> jax.Array:
-    """Which keys a query sees, [batch, time, keys], by the positions of both; `band` counts the query itself."""
-    queries_BT1, keys_B1S = queries_BT[:, :, None], keys_BS[:, None, :]
-    seen_BTS = keys_B1S <= queries_BT1
-    return seen_BTS if band is None else seen_BTS & (keys_B1S > queries_BT1 - band)
+def full_attention(
+    q_BNTK: jax.Array,
+    k_BNTK: jax.Array,
+    v_BNTK: jax.Array,
+    documents_BT: jax.Array | None,
+    scale: float,
+    band: int | None,
+    drop: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Attention by all its probabilities, [batch, heads, time, time] in float32, which `drop` is applied to."""
+    order_1T = jnp.arange(q_BNTK.shape[2])[None]
+    mask_BTS = visible(order_1T, order_1T, band)
+    if documents_BT is not None:
+        mask_BTS = mask_BTS & (documents_BT[:, :, None] == documents_BT[:, None, :])
+    weights_BNTS = drop(attention_weights(q_BNTK, k_BNTK, mask_BTS, scale))
+    return jnp.einsum('BNTS,BNSK->BNTK', weights_BNTS.astype(q_BNTK.dtype), v_BNTK)
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what stands before it (GPT-2; GPT-1, section 3.1).
+def cudnn_attention(
+    q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, scale: float, band: int | None
+) -> jax.Array:
+    """cuDNN's fused kernel, which raises in every case that `choose_kernel` does not give it."""
+    qkv_BTNK = (y.transpose(0, 2, 1, 3) for y in (q_BNTK, k_BNTK, v_BNTK))
+    # cuDNN's window does not count the query itself.
+    window = None if band is None else (band - 1, 0)
+    settings = {'scale': scale, 'is_causal': True, 'local_window_size': window, 'implementation': 'cudnn'}
+    return jax.nn.dot_product_attention(*qkv_BTNK, **settings).transpose(0, 2, 1, 3)
 
-    With a `band` it sees no more than that many tokens, itself among them (GPT-3, section 2.1: "locally banded"). Where
-    `info` tells documents apart, it sees none of another one.
+
+def cached_attention(
+    q_BNTK: jax.Array,
+    positions_BT: jax.Array,
+    parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    scale: float,
+    band: int | None,
+) -> jax.Array:
+    """Attention over keys and values in several parts, such as those of a cache and those of the new tokens.
+
+    Args:
+      q_BNTK: queries, at `positions_BT`.
+      parts: keys [batch, heads, slots, head_dim], values of the same shape, and the position that each slot holds.
+      scale, band: as of the other kernels.
+    """
+    scores = [
+        masked_scores(q_BNTK, k_BNSK, visible(positions_BT, positions_BS, band), scale)
+        for k_BNSK, _, positions_BS in parts
+    ]
+    weights_BNTS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    y_BNTK, start = 0.0, 0
+    for _, v_BNSK, positions_BS in parts:
+        stop = start + positions_BS.shape[1]
+        # The cache may be narrower than what is computed in.
+        of_part_BNTS = weights_BNTS[..., start:stop].astype(v_BNSK.dtype)
+        y_BNTK += jnp.einsum('BNTS,BNSK->BNTK', of_part_BNTS, v_BNSK, preferred_element_type=jnp.float32)
+        start = stop
+    return y_BNTK.astype(q_BNTK.dtype)
+
+
+_f32_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def blockwise_attention(
+    q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, documents_BT: jax.Array | None, scale: float
+) -> jax.Array:
+    """Causal softmax(scale q k) v.
+
+    Args:
+      q_BNTK: queries [batch, heads, time, head_dim]; keys and values of the same shape and dtype.
+      documents_BT: int [batch, time]: a query sees keys of its own document alone; None: all are of one.
+      scale: factor on the product of query and key.
+
+    Returns:
+      [batch, heads, time, head_dim] in the inputs' dtype; softmax in float32.
+    """
+    return _dense_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def banded_attention(
+    q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, documents_BT: jax.Array | None, scale: float, band: int
+) -> jax.Array:
+    """Causal softmax(scale q k) v in which a query sees `band` keys: its own and the ones right before it.
+
+    Time and memory are proportional to time x band (Child et al. 2019, "Sparse Transformer", section 4: local
+    attention). Arguments and result as of `blockwise_attention`.
+    """
+    return _banded_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale, band)[0]
+
+
+def _attend(q_QK, k_SK, v_SK, visible_QS, scale):
+    """Attention of one block of queries, or of many at once (leading dimensions), and its log-sum-exp."""
+    scores_QS = jnp.where(visible_QS, _f32_einsum('...QK,...SK->...QS', q_QK, k_SK) * scale, -jnp.inf)
+    peak_Q1 = jnp.max(scores_QS, axis=-1, keepdims=True)
+    weights_QS = jnp.exp(scores_QS - peak_Q1)
+    total_Q1 = jnp.sum(weights_QS, axis=-1, keepdims=True)
+    out_QK = _f32_einsum('...QS,...SK->...QK', weights_QS.astype(v_SK.dtype), v_SK)
+    return (out_QK / total_Q1).astype(q_QK.dtype), peak_Q1 + jnp.log(total_Q1)
+
+
+def _attend_gradients(q_QK, k_SK, v_SK, visible_QS, scale, logsumexp_Q1, delta_Q1, dout_QK):
+    """Gradients of the queries, keys and values of `_attend`, in float32."""
+    scores_QS = jnp.where(visible_QS, _f32_einsum('...QK,...SK->...QS', q_QK, k_SK) * scale, -jnp.inf)
+    weights_QS = jnp.exp(scores_QS - logsumexp_Q1)
+    dweights_QS = _f32_einsum('...QK,...SK->...QS', dout_QK, v_SK)
+    dscores_QS = (weights_QS * (dweights_QS - delta_Q1) * scale).astype(q_QK.dtype)
+    dq_QK = _f32_einsum('...QS,...SK->...QK', dscores_QS, k_SK)
+    dk_SK = _f32_einsum('...QS,...QK->...SK', dscores_QS, q_QK)
+    dv_SK = _f32_einsum('...QS,...QK->...SK', weights_QS.astype(q_QK.dtype), dout_QK)
+    return dq_QK, dk_SK, dv_SK
+
+
+def _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1):
+    """What the backward pass needs; named, so that rematerialisation may keep the attention's own part."""
+    out_BNTK = checkpoint_name(out_BNTK, OUTPUT_NAME)
+    logsumexp_BNT1 = checkpoint_name(logsumexp_BNT1, LOGSUMEXP_NAME)
+    return out_BNTK, (q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1)
+
+
+def _delta(dout_BNTK, out_BNTK):
+    return jnp.sum(dout_BNTK.astype(jnp.float32) * out_BNTK.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+def _blocks(time: int) -> list[tuple[int, int]]:
+    size = max(QUERY_BLOCK, -(-time // MAX_BLOCKS))
+    return [(start, min(start + size, time)) for start in range(0, time, size)]
+
+
+def _before(documents_BT: jax.Array | None, start: int, stop: int) -> jax.Array:
+    """Which keys up to the last of them the queries from `start` to `stop` see: [Q, S], or [B, 1, Q, S]."""
+    visible_QS = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+    if documents_BT is None:
+        return visible_QS
+    return visible_QS & (documents_BT[:, None, start:stop, None] == documents_BT[:, None, None, :stop])
+
+
+def _dense_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale):
+    outputs, logsumexps = [], []
+    for start, stop in _blocks(q_BNTK.shape[2]):
+        block = (q_BNTK[:, :, start:stop], k_BNTK[:, :, :stop], v_BNTK[:, :, :stop])
+        out_BNQK, logsumexp_BNQ1 = _attend(*block, _before(documents_BT, start, stop), scale)
+        outputs.append(out_BNQK)
+        logsumexps.append(logsumexp_BNQ1)
+    out_BNTK, logsumexp_BNT1 = jnp.concatenate(outputs, axis=2), jnp.concatenate(logsumexps, axis=2)
+    return _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1)
+
+
+def _dense_backward(scale, residuals, dout_BNTK):
+    q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1 = residuals
+    delta_BNT1 = _delta(dout_BNTK, out_BNTK)
+    dq_blocks = []
+    dk_BNTK = jnp.zeros(k_BNTK.shape, jnp.float32)
+    dv_BNTK = jnp.zeros(v_BNTK.shape, jnp.float32)
+    for start, stop in _blocks(q_BNTK.shape[2]):
+        block = (q_BNTK[:, :, start:stop], k_BNTK[:, :, :stop], v_BNTK[:, :, :stop])
+        of_queries = (array[:, :, start:stop] for array in (logsumexp_BNT1, delta_BNT1, dout_BNTK))
+        visible = _before(documents_BT, start, stop)
+        dq_BNQK, dk_BNSK, dv_BNSK = _attend_gradients(*block, visible, scale, *of_queries)
+        dq_blocks.append(dq_BNQK)
+        dk_BNTK = dk_BNTK.at[:, :, :stop].add(dk_BNSK)
+        dv_BNTK = dv_BNTK.at[:, :, :stop].add(dv_BNSK)
+    gradients = (jnp.concatenate(dq_blocks, axis=2), dk_BNTK, dv_BNTK)
+    return (*(gradient.astype(q_BNTK.dtype) for gradient in gradients), None)
+
+
+blockwise_attention.defvjp(_dense_forward, _dense_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Band:
+    """How a banded layer's queries are cut: in blocks of `size`, each of which also sees the `back` blocks before it.
+
+    `group` blocks are worked on at once, `steps` times; time is padded to a whole number of groups.
     """
 
-    config: GPTConfig
-    band: int | None = None
+    band: int
+    size: int
+    back: int
+    group: int
+    steps: int
 
-    @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, places: cache.Cache | None = None
-    ) -> tuple[jax.Array, tuple | None]:
-        """Attends over x itself, or over a cache that x is first added to.
+    @classmethod
+    def of(cls, shape: tuple[int, ...], band: int) -> '_Band':
+        batch, heads, time, _ = shape
+        size = min(QUERY_BLOCK, max(SMALLEST_BAND_BLOCK, band))
+        back = -(-(band - 1) // size)
+        blocks = -(-time // size)
+        at_once = max(1, SCORE_ELEMENTS // (batch * heads * size * (back + 1) * size))
+        steps = -(-blocks // at_once)
+        return cls(band, size, back, -(-blocks // steps), steps)
 
-        Args:
-          x_BTD: normalised activations.
-          info: what is known of the tokens; their positions are needed with a cache.
-          layer_cache: this layer's keys and values.
-          places: where x goes in the cache (see `cache.advance`).
+    def padded(self, x_BNTK: jax.Array, before: int = 0) -> jax.Array:
+        """x with zeros up to a whole number of groups after it, and `before` blocks of them before it."""
+        after = self.steps * self.group * self.size - x_BNTK.shape[2]
+        return jnp.pad(x_BNTK, ((0, 0), (0, 0), (before * self.size, after), (0, 0)))
 
-        Returns:
-          Output [batch, time, d_model], and the layer's keys and values with x in them (None without a cache).
-        """
-        c = self.config
-        residual_std = INIT_STD / math.sqrt(2 * c.n_layer)  # GPT-2, section 2.3
-        qkv = Dense((c.d_model, 3, c.n_head, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype, name='qkv')
-        qkv_BTCNK = checkpoint_name(qkv(x_BTD), QKV_NAME)
-        q_BNTK, k_BNTK, v_BNTK = (constrain(y, 'batch', 'heads', None, 'head_dim') for y in _split_heads(qkv_BTCNK))
-        if layer_cache is None or places['empty']:
-            # Prompts are padded at their end, so that no token of an empty cache has anything but tokens before it.
-            y_BNTK = self._causal(q_BNTK, k_BNTK, v_BNTK, info)
-        else:
-            y_BNTK = self._cached(q_BNTK, k_BNTK, v_BNTK, layer_cache, places, info)
-            k_BNTK, v_BNTK = _after(y_BNTK, k_BNTK), _after(y_BNTK, v_BNTK)
-        if layer_cache is not None:
-            layer_cache = cache.store(*layer_cache, k_BNTK, v_BNTK, places, self.band is not None)
-        y_BTNK = y_BNTK.transpose(0, 2, 1, 3)
-        out = Dense((c.n_head, c.head_dim, c.d_model), contract=2, std=residual_std, dtype=c.dtype, name='out')
-        return Dropout(c.resid_dropout)(out(y_BTNK), info.rows_B), layer_cache
+    def blocks(self, x_BNTK: jax.Array, step: jax.Array, extra: int = 0) -> jax.Array:
+        """[batch, heads, group + extra, size, ...]: the blocks of one step."""
+        count = self.group + extra
+        part = jax.lax.dynamic_slice_in_dim(x_BNTK, step * self.group * self.size, count * self.size, axis=2)
+        return part.reshape(*part.shape[:2], count, self.size, part.shape[3])
 
-    def _causal(self, q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, info: TokenInfo) -> jax.Array:
-        c, time = self.config, q_BNTK.shape[2]
-        band = self.band if self.band is not None and self.band < time else None
-        documents_BT = None if info.documents_BT is None else constrain(info.documents_BT, 'batch', None)
-        if c.attention_dropout > 0 and self.has_rng('dropout'):
-            # Fused kernels have no dropout on the probabilities: these are made in full.
-            order_1T = jnp.arange(time)[None]
-            mask_BTS = visible(order_1T, order_1T, band)
-            if documents_BT is not None:
-                mask_BTS = mask_BTS & (documents_BT[:, :, None] == documents_BT[:, None, :])
-            weights_BNTS = attention_weights(q_BNTK, k_BNTK, mask_BTS, c.scale)
-            weights_BNTS = Dropout(c.attention_dropout)(weights_BNTS, info.rows_B)
-            return jnp.einsum('BNTS,BNSK->BNTK', weights_BNTS.astype(c.dtype), v_BNTK)
-        # cuDNN would take documents only as a whole [time, keys] matrix for each row, added to the scores.
-        if documents_BT is None and _cudnn_takes(q_BNTK):
-            qkv_BTNK = (y.transpose(0, 2, 1, 3) for y in (q_BNTK, k_BNTK, v_BNTK))
-            # cuDNN's window does not count the query itself.
-            window = None if band is None else (band - 1, 0)
-            settings = {'scale': c.scale, 'is_causal': True, 'local_window_size': window, 'implementation': 'cudnn'}
-            return jax.nn.dot_product_attention(*qkv_BTNK, **settings).transpose(0, 2, 1, 3)
-        if band is None:
-            return blockwise.blockwise_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale)
-        return blockwise.banded_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band)
+    def windows(self, x_BNTK: jax.Array, step: jax.Array) -> jax.Array:
+        """The keys that each block of one step sees: those of the blocks before it and its own."""
+        blocks = self.blocks(x_BNTK, step, self.back)
+        return jnp.concatenate([blocks[:, :, i : i + self.group] for i in range(self.back + 1)], axis=3)
 
-    def _cached(self, q_BNTK, k_BNTK, v_BNTK, layer_cache: tuple, places: cache.Cache, info: TokenInfo) -> jax.Array:
-        """Attention over the cache as it was, and over the new tokens.
+    def add_windows(self, total_BNTK: jax.Array, windows: jax.Array, step: jax.Array) -> jax.Array:
+        """The transpose of `windows`: adds what each window holds to where it is from."""
+        part = self.blocks(total_BNTK, step, self.back)
+        for i in range(self.back + 1):
+            part = part.at[:, :, i : i + self.group].add(windows[:, :, :, i * self.size : (i + 1) * self.size])
+        part = part.reshape(*part.shape[:2], -1, part.shape[-1])
+        return jax.lax.dynamic_update_slice_in_dim(total_BNTK, part, step * self.group * self.size, axis=2)
 
-        Not over the cache as it will be: of several new tokens the first still see what gives way in a band to the
-        last.
-        """
-        before_BS = places['before' if self.band is None else 'band_before']
-        parts = (*layer_cache, before_BS), (k_BNTK, v_BNTK, places['shown'])
-        scores = [
-            masked_scores(q_BNTK, k_BNSK, visible(info.positions_BT, positions_BS, self.band), self.config.scale)
-            for k_BNSK, _, positions_BS in parts
-        ]
-        weights_BNTS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-        y_BNTK = 0.0
-        for (_, v_BNSK, _), of_part_BNTS in zip(parts, jnp.split(weights_BNTS, [before_BS.shape[1]], -1), strict=True):
-            # The cache may be narrower than what is computed in.
-            of_part_BNTS = of_part_BNTS.astype(v_BNSK.dtype)
-            y_BNTK += jnp.einsum('BNTS,BNSK->BNTK', of_part_BNTS, v_BNSK, preferred_element_type=jnp.float32)
-        return y_BNTK.astype(q_BNTK.dtype)
+    def padded_documents(self, documents_BT: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        """The documents of the queries and of the keys, as `visible` takes them."""
+        if documents_BT is None:
+            return None
+        documents_B1T1 = documents_BT[:, None, :, None]
+        return self.padded(documents_B1T1), self.padded(documents_B1T1, self.back)
+
+    def visible(self, step: jax.Array, documents: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        """[group, size, (back + 1) size], or [batch, 1, ...]: which keys of its window a query sees."""
+        width = (self.back + 1) * self.size
+        offset_QS = jnp.arange(width) - self.back * self.size - jnp.arange(self.size)[:, None]
+        first_G1 = (step * self.group + jnp.arange(self.group)[:, None] - self.back) * self.size
+        visible_GQS = ((offset_QS <= 0) & (offset_QS > -self.band)) & (first_G1 + jnp.arange(width) >= 0)[:, None]
+        if documents is None:
+            return visible_GQS
+        of_queries, of_keys = self.blocks(documents[0], step), self.windows(documents[1], step)
+        return visible_GQS & (of_queries == of_keys.swapaxes(-1, -2))
 
 
-def _after(y: jax.Array, x: jax.Array) -> jax.Array:
-    """x, which the compiler cannot have before y: the cache is then written to in place, when all have looked at it.
-
-    Without the order between the two the CPU's compiler copies the whole cache for each token.
-    """
-    return x + 0.0 * y.astype(x.dtype)
+def _join_steps(parts: jax.Array, time: int) -> jax.Array:
+    """[steps, batch, heads, group, size, ...] -> [batch, heads, time, ...]."""
+    parts = jnp.moveaxis(parts, 0, 2)
+    return parts.reshape(*parts.shape[:2], -1, parts.shape[-1])[:, :, :time]
 
 
-def _split_heads(qkv_BTCNK: jax.Array) -> jax.Array:
-    """[batch, time, 3, heads, head_dim] -> [3, batch, heads, time, head_dim]."""
-    return qkv_BTCNK.transpose(2, 0, 3, 1, 4)
+def _banded_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale, band):
+    cut = _Band.of(q_BNTK.shape, band)
+    queries, keys, values = cut.padded(q_BNTK), cut.padded(k_BNTK, cut.back), cut.padded(v_BNTK, cut.back)
+    documents = cut.padded_documents(documents_BT)
+
+    def attend(_, step):
+        windows = (cut.windows(keys, step), cut.windows(values, step))
+        return None, _attend(cut.blocks(queries, step), *windows, cut.visible(step, documents), scale)
+
+    _, parts = jax.lax.scan(attend, None, jnp.arange(cut.steps))
+    out_BNTK, logsumexp_BNT1 = (_join_steps(part, q_BNTK.shape[2]) for part in parts)
+    return _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1)
 
 
-def _cudnn_takes(q_BNTK: jax.Array) -> bool:
-    """Whether cuDNN's fused kernel has this case; it raises where it does not, and never falls back by itself."""
-    head_dim = q_BNTK.shape[-1]
-    return (
-        jax.default_backend() == 'gpu'
-        and q_BNTK.dtype in (jnp.bfloat16, jnp.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-    )
+def _banded_backward(scale, band, residuals, dout_BNTK):
+    q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1 = residuals
+    cut, time = _Band.of(q_BNTK.shape, band), q_BNTK.shape[2]
+    keys, values = cut.padded(k_BNTK, cut.back), cut.padded(v_BNTK, cut.back)
+    documents = cut.padded_documents(documents_BT)
+    of_queries = [cut.padded(array) for array in (q_BNTK, logsumexp_BNT1, _delta(dout_BNTK, out_BNTK), dout_BNTK)]
+
+    def gradients(carry, step):
+        queries, *blocks = (cut.blocks(array, step) for array in of_queries)
+        windows = (cut.windows(keys, step), cut.windows(values, step))
+        dq, *dwindows = _attend_gradients(queries, *windows, cut.visible(step, documents), scale, *blocks)
+        return tuple(cut.add_windows(total, dw, step) for total, dw in zip(carry, dwindows, strict=True)), dq
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(gradients, (zeros, zeros), jnp.arange(cut.steps))
+    start = cut.back * cut.size
+    gradients = (_join_steps(dq, time), dk[:, :, start : start + time], dv[:, :, start : start + time])
+    return (*(gradient.astype(q_BNTK.dtype) for gradient in gradients), None)
+
+
+banded_attention.defvjp(_banded_forward, _banded_backward)

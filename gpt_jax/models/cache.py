@@ -1,9 +1,9 @@
-"""The key-value cache: what each layer keeps of the tokens seen so far, and where new ones go.
+"""The key-value cache: what each layer keeps of the tokens read so far, and where new ones go.
 
-A dense layer has a slot for every token, filled in the order in which tokens come. A banded layer has one for each
-token of its band; a token's slot is its position modulo their number, so that a new token takes the place of the one
-that has left the band, whatever padding the rows of a batch have. Slots carry the position they hold, and that alone
-decides who sees them.
+A token's slot is its position modulo the number of slots. A dense layer has a slot for every token of a sequence, a
+banded one for each token of its band, so that there a new token takes the place of the one that has left the band. The
+slot depends on nothing but the row's own tokens: rows of a batch have lengths of their own, and one may join or leave
+while the others go on. Slots carry the position they hold, and that alone decides who sees them.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ Cache = dict[str, Any]
 
 
 def init_cache(config: GPTConfig, batch: int, length: int, dtype: jnp.dtype | None = None, undoable: int = 0) -> Cache:
-    """An empty key-value cache for `length` tokens of `batch` sequences.
+    """An empty key-value cache for `length` tokens of each of `batch` sequences.
 
     Args:
       config: of the model.
@@ -33,8 +33,8 @@ def init_cache(config: GPTConfig, batch: int, length: int, dtype: jnp.dtype | No
     Returns:
       `key` and `value`, tuples of one [batch, heads, slots, head_dim] array a layer: `length` slots, or `band_size` +
       `undoable` where that is less and the layer is banded; `positions` [batch, length], the position each slot of a
-      dense layer holds (EMPTY: none), and `band_positions` that of a banded one, where there are any; `index`, the
-      next slot of a dense layer.
+      dense layer holds (EMPTY: none), and `band_positions` that of a banded one, where there are any; `lengths`
+      [batch], how many tokens of each sequence have been read: the position of its next one.
 
     Raises:
       ValueError: `length` exceeds the model's block_size by more than `undoable`.
@@ -51,7 +51,7 @@ def init_cache(config: GPTConfig, batch: int, length: int, dtype: jnp.dtype | No
         )
         for name in ('key', 'value')
     }
-    cache = arrays | {'positions': jnp.full((batch, length), EMPTY, jnp.int32), 'index': jnp.zeros((), jnp.int32)}
+    cache = arrays | {'positions': jnp.full((batch, length), EMPTY, jnp.int32), 'lengths': jnp.zeros(batch, jnp.int32)}
     if config.has_bands:
         cache['band_positions'] = jnp.full((batch, band_slots), EMPTY, jnp.int32)
     return cache
@@ -60,21 +60,23 @@ def init_cache(config: GPTConfig, batch: int, length: int, dtype: jnp.dtype | No
 def advance(cache: Cache, positions_BT: jax.Array, empty: bool = False) -> tuple[Cache, Cache]:
     """Makes room for tokens at `positions_BT` (negative: padding, which is seen by nobody).
 
-    `empty` tells that nothing is in the cache yet: `places` says so, and attention need not look into it.
+    `empty` tells that nothing is in the cache yet, and that padding stands at the end of its row alone: attention need
+    not look into the cache, and a dense layer takes the tokens as one piece.
 
     Returns:
-      The bookkeeping of the cache with the tokens in it, all but their keys and values; and `places`:
-      where the tokens go, and the positions `before` (of a banded layer `band_before`) of what the cache held so far.
+      The bookkeeping of the cache with the tokens in it, all but their keys and values; and `places`: where the tokens
+      go, and the positions `before` (of a banded layer `band_before`) of what the cache held so far.
     """
     shown_BT = jnp.where(positions_BT < 0, EMPTY, positions_BT).astype(jnp.int32)
-    positions_BS = jax.lax.dynamic_update_slice(cache['positions'], shown_BT, (0, cache['index']))
-    after = {'positions': positions_BS, 'index': cache['index'] + positions_BT.shape[1]}
-    places = {'index': cache['index'], 'before': cache['positions'], 'shown': shown_BT, 'empty': empty}
-    if 'band_positions' in cache:
-        before_BS = cache['band_positions']
-        slots_BT = _band_slots(positions_BT, before_BS.shape[1])
-        after['band_positions'] = jax.vmap(_put)(before_BS, slots_BT, shown_BT)
-        places |= {'band_slots': slots_BT, 'band_before': before_BS}
+    after = {'lengths': jnp.maximum(cache['lengths'], jnp.max(positions_BT, axis=1) + 1)}
+    places = {'shown': shown_BT, 'empty': empty}
+    for band in ('', 'band_'):
+        if f'{band}positions' in cache:
+            before_BS = cache[f'{band}positions']
+            slots_BT = _slots(positions_BT, before_BS.shape[1])
+            rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
+            after[f'{band}positions'] = before_BS.at[rows_B1, slots_BT].set(shown_BT, mode='drop')
+            places |= {f'{band}slots': slots_BT, f'{band}before': before_BS}
     return after, places
 
 
@@ -82,12 +84,14 @@ def store(
     key_BNSK: jax.Array, value_BNSK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, places: Cache, banded: bool
 ) -> tuple[jax.Array, jax.Array]:
     """One layer's part of the cache with the keys and values of new tokens in it; `places` is from `advance`."""
-    pairs = (key_BNSK, k_BNTK), (value_BNSK, v_BNTK)
-    if banded:
-        put = jax.vmap(jax.vmap(_put, in_axes=(0, None, 0)))
-        return tuple(put(old, places['band_slots'], new) for old, new in pairs)
-    start = (0, 0, places['index'], 0)
-    return tuple(jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start) for old, new in pairs)
+    pairs = (key_BNSK, k_BNTK.astype(key_BNSK.dtype)), (value_BNSK, v_BNTK.astype(value_BNSK.dtype))
+    if places['empty'] and not banded:
+        # Padding goes in as well: its slots hold no position, and nobody sees them.
+        return tuple(jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0)) for old, new in pairs)
+    slots_BT = places['band_slots' if banded else 'slots']
+    rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
+    # With one index before the heads and one after them, a token's heads are one piece: as many writes as tokens.
+    return tuple(old.at[rows_B1, :, slots_BT].set(new.transpose(0, 2, 1, 3), mode='drop') for old, new in pairs)
 
 
 def truncate(cache: Cache, lengths_B: jax.Array) -> Cache:
@@ -100,23 +104,21 @@ def truncate(cache: Cache, lengths_B: jax.Array) -> Cache:
         for name in ('positions', 'band_positions')
         if name in cache
     }
-    used_S = jnp.any(kept['positions'] != EMPTY, axis=0)
-    kept['index'] = jnp.max(jnp.where(used_S, jnp.arange(1, used_S.size + 1), 0)).astype(jnp.int32)
-    return cache | kept
+    return cache | kept | {'lengths': jnp.minimum(cache['lengths'], lengths_B)}
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:
     """The cache of the sequences `rows` of the batch, which may repeat and change their order."""
-    return {name: part if name == 'index' else jax.tree.map(lambda a: a[rows], part) for name, part in cache.items()}
+    return jax.tree.map(lambda array: array[rows], cache)
 
 
-def _band_slots(positions_BT: jax.Array, slots: int) -> jax.Array:
+def put_rows(cache: Cache, rows: jax.Array, other: Cache) -> Cache:
+    """The cache with the sequences of `other`, of as many slots, at `rows`; a row that does not exist takes nothing."""
+    return jax.tree.map(lambda array, new: array.at[rows].set(new, mode='drop'), cache, other)
+
+
+def _slots(positions_BT: jax.Array, slots: int) -> jax.Array:
     """The slot of each token; `slots`, which does not exist, for padding and for tokens that later ones replace."""
     last_B1 = jnp.max(positions_BT, axis=1, keepdims=True)
     kept_BT = (positions_BT >= 0) & (positions_BT > last_B1 - slots)
     return jnp.where(kept_BT, positions_BT % slots, slots)
-
-
-def _put(array_S: jax.Array, slots_T: jax.Array, values_T: jax.Array) -> jax.Array:
-    """[slots, ...] with `values_T` at `slots_T`; a slot that does not exist takes nothing."""
-    return array_S.at[slots_T].set(values_T.astype(array_S.dtype), mode='drop')

@@ -1,8 +1,10 @@
-"""The one description of a model's architecture."""
+"""The one description of a model's architecture, the published sizes, and what can be counted from it alone."""
 
 import dataclasses
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from gpt_jax.errors import InputError
@@ -48,7 +50,7 @@ class GPTConfig:
       tie_embeddings: the output head is the token embedding (GPT-2's choice).
       remat: what the backward pass makes again instead of keeping it, layer by layer: 'none' keeps everything, 'dots'
         keeps the results of matrix products with parameters, 'names' the four activations named in the model
-        (`attention.SAVED_NAMES`), 'full' only the input of each layer. Same gradients, less memory, more time.
+        (`gpt.SAVED_NAMES`), 'full' only the input of each layer. Same gradients, less memory, more time.
       scan_layers: run the blocks as one `lax.scan` (compiles once for all layers) or unrolled (faster on CPU). Same
         parameters, same function.
       compute_dtype: 'f32', 'bf16' or 'fp16': of matmuls and activations. Parameters, softmax, LayerNorm statistics and
@@ -140,9 +142,111 @@ class GPTConfig:
     @property
     def num_parameters(self) -> int:
         """Trainable scalars as the papers count them: tied head counted once, no vocabulary padding."""
-        d, f = self.d_model, self.d_mlp
-        attention = d * 3 * d + (3 * d if self.qkv_bias else 0) + d * d + d
-        mlp = d * f + f + f * d + d
-        norms = 2 * 2 * d
-        embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.block_size * d
-        return embeddings + self.n_layer * (attention + mlp + norms) + 2 * d
+        return sum(parameters_by_part(self).values())
+
+
+GPT2_VOCAB_SIZE = 50257
+
+
+def _gpt2(n_layer: int, n_head: int, d_model: int) -> GPTConfig:
+    return GPTConfig(GPT2_VOCAB_SIZE, block_size=1024, n_layer=n_layer, n_head=n_head, d_model=d_model)
+
+
+def _gpt3(n_layer: int, n_head: int, d_model: int) -> GPTConfig:
+    return GPTConfig(
+        GPT2_VOCAB_SIZE,
+        block_size=2048,
+        n_layer=n_layer,
+        n_head=n_head,
+        d_model=d_model,
+        attention_pattern='alternating',  # section 2.1; the width of the bands is assumed
+    )
+
+
+# Dropout is 0 here: it belongs to a training recipe, not to a size.
+PRESETS: dict[str, GPTConfig] = {
+    # "Language Models are Unsupervised Multitask Learners" (2019), table 2. The often quoted 117M and 345M are early
+    # miscounts; `num_parameters` gives 124M and 355M.
+    'gpt2-small': _gpt2(12, 12, 768),
+    'gpt2-medium': _gpt2(24, 16, 1024),
+    'gpt2-large': _gpt2(36, 20, 1280),
+    'gpt2-xl': _gpt2(48, 25, 1600),
+    # "Language Models are Few-Shot Learners" (2020), table 2.1.
+    'gpt3-125m': _gpt3(12, 12, 768),
+    'gpt3-350m': _gpt3(24, 16, 1024),
+    'gpt3-760m': _gpt3(24, 16, 1536),
+    # The table says 24 heads of 128 at width 2048, which contradicts itself (24 x 128 = 3072): 16 heads of 128 here.
+    'gpt3-1.3b': _gpt3(24, 16, 2048),
+    'gpt3-2.7b': _gpt3(32, 32, 2560),
+    'gpt3-6.7b': _gpt3(32, 32, 4096),
+    # The table says width 5140 with 40 heads of 128, which contradicts itself (40 x 128 = 5120): width 5120 here.
+    'gpt3-13b': _gpt3(40, 40, 5120),
+    'gpt3-175b': _gpt3(96, 96, 12288),
+    # The four tiers of the PyTorch suite that gpt_jax follows. Its table calls the first three 350M, 1.3B and 6.7B; at
+    # these dimensions they have 125M, 356M and 2.5B parameters.
+    'gpt3-ada': _gpt3(12, 12, 768),
+    'gpt3-babbage': _gpt3(24, 16, 1024),
+    'gpt3-curie': _gpt3(48, 32, 2048),
+    'gpt3-davinci': _gpt3(96, 96, 12288),
+}
+
+
+def preset_config(name: str, **changes: Any) -> GPTConfig:
+    """The configuration called `name`, with `changes` to its fields.
+
+    Raises:
+      InputError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise InputError(f'model.preset={name!r} is not one of {", ".join(PRESETS)}')
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+def parameters_by_part(config: GPTConfig) -> dict[str, int]:
+    """Trainable scalars of each part, without the padding of the vocabulary; they add up to `num_parameters`."""
+    # Imported here: the model itself imports this file.
+    from gpt_jax.models.gpt import parameter_shapes
+
+    shapes = parameter_shapes(config)
+
+    def size(tree: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    blocks, table = shapes['blocks'], config.vocab_size * config.d_model
+    parts = {
+        'token embedding': table,
+        'position embedding': size(shapes['wpe']),
+        'attention': size(blocks['attention']),
+        'MLP': size(blocks['mlp']),
+        'LayerNorm': size((blocks['ln_1'], blocks['ln_2'], shapes['ln_f'])),
+    }
+    return parts if config.tie_embeddings else parts | {'output head': table}
+
+
+def mean_keys(config: GPTConfig, layer: int) -> float:
+    """Keys that a query of `layer` is counted with, by the mean over a sequence of block_size tokens.
+
+    A dense layer counts all T of them, as the PaLM paper does, though the causal mask hides half. A banded layer
+    counts what its queries see: the t-th of them min(t, band).
+    """
+    time, band = config.block_size, config.band(layer)
+    if band is None or band >= time:
+        return time
+    return (band * (band + 1) / 2 + (time - band) * band) / time
+
+
+def training_flops_per_token(config: GPTConfig) -> float:
+    """6 N + 12 D (keys a query is counted with, summed over the layers): forward and backward.
+
+    N counts all parameters but the position embeddings (PaLM paper, appendix B). With dense layers alone it is the
+    usual 6 N + 12 L D T.
+    """
+    weights = config.num_parameters - config.block_size * config.d_model
+    return 6 * weights + 12 * config.d_model * sum(mean_keys(config, layer) for layer in range(config.n_layer))
+
+
+def causal_flops_per_token(config: GPTConfig) -> float:
+    """The same with nothing counted that the causal mask hides: a dense layer's queries see (T + 1) / 2 keys."""
+    dense = dataclasses.replace(config, attention_pattern='dense')
+    hidden = sum(mean_keys(config, layer) == mean_keys(dense, layer) for layer in range(config.n_layer))
+    return training_flops_per_token(config) - 12 * config.d_model * hidden * (config.block_size - 1) / 2

@@ -1,4 +1,4 @@
-"""The whole model on one page.
+"""The whole model on one page, from token ids to logits and losses.
 
 Shape suffixes, here and everywhere: B batch, T time, S key time, D d_model, N heads, K head_dim, F mlp width, V vocab,
 L layers, C the three of query, key and value, Q a block of queries.
@@ -7,9 +7,14 @@ Parameters: `wte` [V, D], `wpe` [T, D], `blocks` with every array stacked over t
 and `lm_head` [V, D] where it is not tied. V is padded to a multiple of 128.
 """
 
+import dataclasses
+import functools
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,15 +22,121 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax.errors import InputError
 from gpt_jax.models import attention
-from gpt_jax.models.cache import Cache, advance, init_cache
-from gpt_jax.models.config import GPTConfig
-from gpt_jax.models.depth import layer_trees, run_layers
+from gpt_jax.models.cache import Cache, advance, init_cache, store
+from gpt_jax.models.config import GPTConfig, preset_config
 from gpt_jax.models.layers import INIT_STD, Dense, Dropout, LayerNorm
 from gpt_jax.models.losses import linear_cross_entropy, masked_logits
-from gpt_jax.models.token_info import TokenInfo
-from gpt_jax.parallel import constrain
+from gpt_jax.parallel import constrain, target_device
 
 Params = dict[str, Any]
+
+QKV_NAME, MLP_NAME = 'qkv', 'mlp_up'
+# The activations that remat='names' keeps: with them no matrix product of width 3 d_model or d_mlp is made again in the
+# backward pass, nor is attention.
+SAVED_NAMES = (QKV_NAME, attention.OUTPUT_NAME, attention.LOGSUMEXP_NAME, MLP_NAME)
+
+
+@flax.struct.dataclass
+class TokenInfo:
+    """What the model is told of each token besides its id; carried to every block.
+
+    Attributes:
+      rows_B: int32 [batch], which row of the global batch each sequence is: dropout masks belong to rows.
+      positions_BT: int32 [batch, time], the position of each token in its sequence, or None: 0, 1, ...
+      documents_BT: int32 [batch, time], equal where two tokens of a row are of one document and may see each other, or
+        None: each row is one document.
+    """
+
+    rows_B: jax.Array
+    positions_BT: jax.Array | None = None
+    documents_BT: jax.Array | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        rows_B: jax.Array | None = None,
+        documents_BT: jax.Array | None = None,
+    ) -> 'TokenInfo':
+        """With the rows counted from 0 where they are not given."""
+        rows_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
+        return cls(rows_B, positions_BT, documents_BT)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and what stands before it (GPT-2; GPT-1, section 3.1).
+
+    With a `band` it sees no more than that many tokens, itself among them (GPT-3, section 2.1: "locally banded"). Where
+    `info` tells documents apart, it sees none of another one.
+    """
+
+    config: GPTConfig
+    band: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, places: Cache | None = None
+    ) -> tuple[jax.Array, tuple | None]:
+        """Attends over x itself, or over a cache that x is first added to.
+
+        Args:
+          x_BTD: normalised activations.
+          info: what is known of the tokens; their positions are needed with a cache.
+          layer_cache: this layer's keys and values.
+          places: where x goes in the cache (see `cache.advance`).
+
+        Returns:
+          Output [batch, time, d_model], and the layer's keys and values with x in them (None without a cache).
+        """
+        c = self.config
+        residual_std = INIT_STD / math.sqrt(2 * c.n_layer)  # GPT-2, section 2.3
+        qkv = Dense((c.d_model, 3, c.n_head, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype, name='qkv')
+        qkv_BTCNK = checkpoint_name(qkv(x_BTD), QKV_NAME)
+        q_BNTK, k_BNTK, v_BNTK = (
+            constrain(y_BNTK, 'batch', 'heads', None, 'head_dim') for y_BNTK in qkv_BTCNK.transpose(2, 0, 3, 1, 4)
+        )
+        if layer_cache is None or places['empty']:
+            # Prompts are padded at their end, so that no token of an empty cache has anything but tokens before it.
+            y_BNTK = self._causal(q_BNTK, k_BNTK, v_BNTK, info)
+        else:
+            # Over the cache as it was and over the new tokens, not over the cache as it will be: of several new tokens
+            # the first still see what gives way in a band to the last.
+            before_BS = places['before' if self.band is None else 'band_before']
+            parts = (*layer_cache, before_BS), (k_BNTK, v_BNTK, places['shown'])
+            y_BNTK = attention.cached_attention(q_BNTK, info.positions_BT, parts, c.scale, self.band)
+            # The cache is written to in place, when all have looked at it. Without an order between the two (a term
+            # that is zero) the CPU's compiler copies the whole cache for each token.
+            k_BNTK, v_BNTK = (x_BNTK + 0.0 * y_BNTK.astype(x_BNTK.dtype) for x_BNTK in (k_BNTK, v_BNTK))
+        if layer_cache is not None:
+            layer_cache = store(*layer_cache, k_BNTK, v_BNTK, places, self.band is not None)
+        y_BTNK = y_BNTK.transpose(0, 2, 1, 3)
+        out = Dense((c.n_head, c.head_dim, c.d_model), contract=2, std=residual_std, dtype=c.dtype, name='out')
+        return Dropout(c.resid_dropout)(out(y_BTNK), info.rows_B), layer_cache
+
+    def _causal(self, q_BNTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, info: TokenInfo) -> jax.Array:
+        """Attention of whole sequences, by the kernel that is fastest where the program will run."""
+        c, time = self.config, q_BNTK.shape[2]
+        band = self.band if self.band is not None and self.band < time else None
+        documents_BT = None if info.documents_BT is None else constrain(info.documents_BT, 'batch', None)
+        kernel = attention.choose_kernel(
+            target_device(),
+            q_BNTK.dtype,
+            c.head_dim,
+            band=band,
+            dropout=c.attention_dropout > 0 and self.has_rng('dropout'),
+            documents=documents_BT is not None,
+        )
+        match kernel:
+            case 'full':
+                drop = functools.partial(Dropout(c.attention_dropout), rows_B=info.rows_B)
+                return attention.full_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band, drop)
+            case 'cudnn':
+                return attention.cudnn_attention(q_BNTK, k_BNTK, v_BNTK, c.scale, band)
+            case 'banded':
+                return attention.banded_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band)
+            case 'blockwise':
+                return attention.blockwise_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale)
 
 
 class MLP(nn.Module):
@@ -38,7 +149,7 @@ class MLP(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         c = self.config
         residual_std = INIT_STD / math.sqrt(2 * c.n_layer)  # GPT-2, section 2.3
-        x_BTF = checkpoint_name(Dense((c.d_model, c.d_mlp), dtype=c.dtype, name='up')(x_BTD), attention.MLP_NAME)
+        x_BTF = checkpoint_name(Dense((c.d_model, c.d_mlp), dtype=c.dtype, name='up')(x_BTD), MLP_NAME)
         x_BTF = constrain(nn.gelu(x_BTF, approximate=True), 'batch', 'time', 'mlp')
         x_BTD = Dense((c.d_mlp, c.d_model), std=residual_std, dtype=c.dtype, name='down')(x_BTF)
         return Dropout(c.mlp_dropout)(x_BTD, info.rows_B)
@@ -60,12 +171,105 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, D], and the layer's updated cache (see CausalSelfAttention)."""
         c = self.config
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_1')(x_BTD)
-        attend = attention.CausalSelfAttention(c, self.band, name='attention')
+        attend = CausalSelfAttention(c, self.band, name='attention')
         h_BTD, layer_cache = attend(h_BTD, info, layer_cache, places)
         x_BTD = constrain(x_BTD + h_BTD, 'batch', 'time', 'embed')
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_2')(x_BTD)
         h_BTD = MLP(c, name='mlp')(h_BTD, info)
         return constrain(x_BTD + h_BTD, 'batch', 'time', 'embed'), layer_cache
+
+
+def run_layers(config: GPTConfig, block: Callable, blocks: Params | tuple[Params, ...], x_BTD: jax.Array) -> jax.Array:
+    """x after all layers.
+
+    With `scan_layers` one scan runs over groups of layers of the pattern's period: a scan's body is one program, and
+    dense and banded layers are not the same one. What does not fill a group runs after it.
+
+    Args:
+      config: says how the layers are run.
+      block: (x, parameters of a layer, its index, its band) -> (x, None).
+      blocks: parameters stacked over the layers, or a tuple of one tree a layer, which is never scanned.
+      x_BTD: what goes into the first layer.
+    """
+    if not config.scan_layers or isinstance(blocks, tuple):
+        one = _layer(config, block, prevent_cse=True)
+        for layer, layer_params in enumerate(layer_trees(blocks, config.n_layer)):
+            x_BTD = one(x_BTD, layer_params, layer, config.band(layer))
+        return x_BTD
+    period = 2 if config.has_bands else 1
+    groups = config.n_layer // period
+    one = _layer(config, block, prevent_cse=False)
+
+    def group(x_BTD, inputs):
+        group_params, first = inputs
+        for offset, layer_params in enumerate(group_params):
+            x_BTD = one(x_BTD, layer_params, first + offset, config.band(offset))
+        return x_BTD, None
+
+    # One tree for each place in a group. What the scan itself slices is there for the backward pass; a slice of such a
+    # slice would be stored once more, for all layers.
+    places = [slice(offset, groups * period, period) for offset in range(period)]
+    grouped = tuple(blocks if period == 1 else jax.tree.map(operator.itemgetter(place), blocks) for place in places)
+    x_BTD, _ = jax.lax.scan(group, x_BTD, (grouped, jnp.arange(groups) * period))
+    if config.n_layer % period:
+        last = config.n_layer - 1
+        x_BTD = one(x_BTD, jax.tree.map(lambda a: a[last], blocks), last, config.band(last))
+    return x_BTD
+
+
+def _layer(config: GPTConfig, block: Callable, prevent_cse: bool) -> Callable:
+    """`block` without its cache, under the policy of `config.remat`."""
+
+    def one(x_BTD, layer_params, layer, band):
+        def run(x_BTD, layer_params, layer):
+            return block(x_BTD, layer_params, layer, band)[0]
+
+        if config.remat != 'none':
+            # In a scan the compiler cannot undo the work of rematerialisation, and need not be hindered from it.
+            run = jax.checkpoint(run, policy=_policy(config.remat), prevent_cse=prevent_cse)
+        return run(x_BTD, layer_params, layer)
+
+    return one
+
+
+def _policy(remat: str) -> Callable:
+    policies = jax.checkpoint_policies
+    return {
+        'dots': policies.dots_with_no_batch_dims_saveable,
+        'names': policies.save_only_these_names(*SAVED_NAMES),
+        'full': policies.nothing_saveable,
+    }[remat]
+
+
+def stack_layers(params: Params) -> Params:
+    """The tree that is stored: `blocks` a tuple of one tree a layer -> one tree of arrays [n_layer, ...]."""
+    return params | {'blocks': jax.tree.map(lambda *layers: jnp.stack(layers), *params['blocks'])}
+
+
+def unstack_layers(params: Params) -> Params:
+    """The inverse of `stack_layers`; `apply` takes both forms, and a decoding loop is faster on this one."""
+    n_layer = jax.tree.leaves(params['blocks'])[0].shape[0]
+    return params | {'blocks': layer_trees(params['blocks'], n_layer)}
+
+
+def layer_trees(blocks: Params | tuple[Params, ...], count: int) -> tuple[Params, ...]:
+    """One tree for each of `count` layers; a tuple of trees stays as it is."""
+    if isinstance(blocks, tuple):
+        return blocks
+    arrays, treedef = jax.tree.flatten(blocks)
+    columns = [_unstack_array(count)(array) for array in arrays]
+    return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*columns, strict=True))
+
+
+def _unstack_array(n_layer: int):
+    """[n_layer, ...] -> tuple of [...], whose gradient is one stack instead of a sum of n_layer padded arrays."""
+
+    @jax.custom_vjp
+    def unstack(array):
+        return tuple(array[i] for i in range(n_layer))
+
+    unstack.defvjp(lambda array: (unstack(array), None), lambda _, gradients: (jnp.stack(gradients),))
+    return unstack
 
 
 class GPT(nn.Module):
@@ -153,14 +357,13 @@ class GPT(nn.Module):
 
         Returns:
           Logits float32 [batch, vocab] of the token after each prompt, and the cache. The next token of a row has the
-          position `lengths_B`; the next slot is that after the longest prompt.
+          position `lengths_B`.
         """
         order_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         positions_BT = jnp.where(order_BT < lengths_B[:, None], order_BT, -1)
         x_BTD, cache = self._hidden(tokens_BT, TokenInfo.of(tokens_BT, positions_BT, None), cache, empty=True)
         last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
         logits_B1V = masked_logits(last_B1D, self._head(), self.config.vocab_size)
-        cache['index'] = jnp.max(lengths_B).astype(jnp.int32)
         return logits_B1V[:, 0, : self.config.vocab_size], cache
 
     def _hidden(self, tokens_BT, info, cache=None, empty=False):
@@ -238,3 +441,20 @@ def GPT3(  # noqa: N802
     """
     changes = {'attention_pattern': 'alternating'} | changes
     return GPT2(vocab_size, block_size, n_layer, n_head, d_model, dropout=dropout, **changes)
+
+
+def preset(name: str, **changes: Any) -> GPT:
+    """The model called `name` ('gpt2-small', 'gpt3-175b', ...), with `changes` to its configuration.
+
+    Raises:
+      InputError: there is no such preset.
+    """
+    return GPT(preset_config(name, **changes))
+
+
+@functools.cache
+def parameter_shapes(config: GPTConfig) -> Params:
+    """The parameter tree of a model as jax.ShapeDtypeStruct, float32, layers stacked; do not change it in place."""
+    # The tree is the same in both forms, and a scan traces one layer instead of all.
+    model = GPT(dataclasses.replace(config, scan_layers=True))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))['params']

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 
 from gpt_jax.models.attention import attention_weights, visible
 from gpt_jax.models.config import GPTConfig
-from gpt_jax.models.depth import layer_trees
-from gpt_jax.models.gpt import GPT, Block
+from gpt_jax.models.gpt import GPT, Block, TokenInfo, layer_trees
 from gpt_jax.models.layers import LayerNorm
 from gpt_jax.models.losses import masked_logits
-from gpt_jax.models.token_info import TokenInfo
 
 
 def residual_streams(model: GPT, params: Any, tokens_BT: jax.Array) -> jax.Array:

@@ -1,16 +1,21 @@
-"""The matrices of a block, each held in its true shape."""
+"""What the blocks are made of: products with matrices, LayerNorm and Dropout, with gradients written by hand."""
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.models import few_rows
-from gpt_jax.parallel import on_one_device
+from gpt_jax.parallel import on_one_device, target_device
 
 INIT_STD = 0.02  # GPT-2's code, GPT-1 section 4.1
+
+# In place of a Dense's `kernel`: the same matrix as [*out, *in].
+TRANSPOSED = 'kernel_transposed'
+# Beyond that many rows a plain product is as fast.
+FEW_ROWS = 32
 
 
 @jax.custom_vjp
@@ -55,7 +60,7 @@ class Dense(nn.Module):
 
     Not `nn.DenseGeneral`: that one evaluates its initialisers at another rank, which breaks sharding constraints on
     them. Parameters: `kernel` of shape `shape`, and where `use_bias`, `bias` of the shape that is left after the
-    contraction. In place of `kernel` apply takes a transposed one: see `few_rows.transpose_kernels`.
+    contraction. In place of `kernel` apply takes a transposed one: see `transpose_kernels`.
     """
 
     shape: tuple[int, ...]
@@ -68,9 +73,9 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *shape[:contract]] -> [..., *shape[contract:]], in `dtype`."""
         in_shape, out_shape = self.shape[: self.contract], self.shape[self.contract :]
-        is_transposed = self.has_variable('params', few_rows.TRANSPOSED)
+        is_transposed = self.has_variable('params', TRANSPOSED)
         if is_transposed:
-            kernel = self.get_variable('params', few_rows.TRANSPOSED)
+            kernel = self.get_variable('params', TRANSPOSED)
         else:
             kernel = self.param('kernel', nn.initializers.normal(self.std), self.shape, jnp.float32)
         # A constant zero costs nothing: the compiler leaves the addition out.
@@ -81,10 +86,42 @@ class Dense(nn.Module):
         x = x.astype(self.dtype).reshape(*batch_shape, math.prod(in_shape))
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype).reshape(-1)
         if is_transposed:
-            y = few_rows.multiply(x, kernel.reshape(bias.size, -1)) + bias
+            y = matmul_transposed(x, kernel.reshape(bias.size, -1)) + bias
         else:
             y = affine(x, kernel.reshape(-1, bias.size), bias)
         return y.reshape(*batch_shape, *out_shape)
+
+
+def matmul_transposed(x: jax.Array, matrix_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x @ matrix.T: [..., in], [out, in] -> [..., out]; `dtype` is that of the sums and the result, by default x's.
+
+    Decoding is made of such products of few rows: there a token costs at least the time of reading every matrix once,
+    and a plain `x @ kernel` of 2 to 32 rows reads them at about half the speed of this form on CPU
+    (docs/PERFORMANCE.md).
+    """
+    rows = x.size // x.shape[-1]
+    if rows > FEW_ROWS or target_device().platform != 'cpu' or not on_one_device():
+        return jnp.einsum('...i,oi->...o', x, matrix_OI, preferred_element_type=dtype)
+    # As a stack of one matrix: of a plain product with so few rows the compiler makes slow loops.
+    y = jnp.einsum('ri,soi->sro', x.reshape(rows, -1), matrix_OI[None], preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], matrix_OI.shape[0])
+
+
+def transpose_kernels(blocks: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Parameters of blocks (`unstack_layers`) with every kernel transposed, for decoding; `Dense` takes either form."""
+
+    def convert(tree, name=''):
+        if not isinstance(tree, dict):
+            return tree
+        tree = {key: convert(value, key) for key, value in tree.items()}
+        if 'kernel' in tree:
+            kernel = tree.pop('kernel')
+            contracted = 2 if name == 'out' else 1  # attention's output contracts heads and head_dim
+            axes = range(kernel.ndim)
+            tree[TRANSPOSED] = kernel.transpose(*axes[contracted:], *axes[:contracted])
+        return tree
+
+    return tuple(convert(block) for block in blocks)
 
 
 class Dropout(nn.Module):

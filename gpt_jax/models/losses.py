@@ -5,8 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.models import few_rows
-from gpt_jax.models.layers import contract_tokens
+from gpt_jax.models.layers import contract_tokens, matmul_transposed
 from gpt_jax.parallel import constrain
 
 # Logits alive at once, in elements per chunk of time: 32 MB of float32.
@@ -16,7 +15,7 @@ CHUNK_ELEMENTS = 8 * 1024 * 1024
 def masked_logits(x_BTD: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
     """x @ head.T in float32, with the padding of the vocabulary at -inf: [batch, time, padded vocab]."""
     head_VD = head_VD.astype(x_BTD.dtype)
-    logits_BTV = few_rows.multiply(x_BTD, head_VD, jnp.float32)
+    logits_BTV = matmul_transposed(x_BTD, head_VD, jnp.float32)
     logits_BTV = constrain(logits_BTV, 'batch', None, 'vocab')
     if head_VD.shape[0] == vocab_size:
         return logits_BTV

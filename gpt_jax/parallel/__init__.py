@@ -11,6 +11,7 @@ from gpt_jax.parallel.mesh import (
     make_mesh,
     on_one_device,
     parse_mesh,
+    target_device,
 )
 from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
 
@@ -29,5 +30,6 @@ __all__ = [
     'parse_mesh',
     'path_name',
     'replicated',
+    'target_device',
     'tree_shardings',
 ]

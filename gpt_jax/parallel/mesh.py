@@ -111,6 +111,16 @@ def current_mesh() -> Mesh | None:
     return _active_mesh.get()
 
 
+def target_device() -> jax.Device:
+    """A device like those that the code being traced is compiled for: the active mesh's, else jax's default ones.
+
+    The devices of a mesh need not be here, so that `jax.default_backend()` may well be another one. Of a mesh that
+    names no devices (`make_abstract_mesh`) the default backend's are taken.
+    """
+    mesh = current_mesh()
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
+
+
 def on_one_device() -> bool:
     """Whether no mesh is active, or one of a single device: no dimension is split."""
     mesh = current_mesh()

@@ -27,11 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax.models import GPTConfig
-from gpt_jax.models.depth import run_layers
-from gpt_jax.models.gpt import Block
+from gpt_jax.models.gpt import Block, TokenInfo, run_layers
 from gpt_jax.models.layers import layer_norm
 from gpt_jax.models.losses import linear_cross_entropy
-from gpt_jax.models.token_info import TokenInfo
 from gpt_jax.planning.liveness import Liveness, array_bytes
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from gpt_jax.models.counts import causal_flops_per_token, parameters_by_part, training_flops_per_token
+from gpt_jax.models.config import causal_flops_per_token, parameters_by_part, training_flops_per_token
 from gpt_jax.planning.cost import cache_bytes, training_cost
 from gpt_jax.planning.memory import Memory
 from gpt_jax.planning.setup import Setup

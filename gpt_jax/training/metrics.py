@@ -13,7 +13,7 @@ import jax
 import tensorboardX
 
 from gpt_jax.models import GPTConfig
-from gpt_jax.models.counts import training_flops_per_token
+from gpt_jax.models.config import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from gpt_jax.config import RunConfig, as_dict
 from gpt_jax.models import GPT, GPTConfig
-from gpt_jax.models.presets import GPT2_VOCAB_SIZE
+from gpt_jax.models.config import GPT2_VOCAB_SIZE
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_abstract_mesh, make_mesh
 from gpt_jax.training import recipe as recipes
 from gpt_jax.training.optimizer import make_optimizer

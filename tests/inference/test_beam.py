@@ -7,7 +7,7 @@ import numpy_search
 import pytest
 
 from gpt_jax.errors import InputError
-from gpt_jax.inference import Beams, Ending, Sampling, StopStrings, beam_loop, beam_search
+from gpt_jax.inference import Beams, Sampling, StoppingCriteria, StopStrings, beam, generate
 
 COUNT = 10
 # One that is often among the likeliest of the random model, and one that never is.
@@ -15,10 +15,15 @@ OFTEN, NEVER = 10, 23
 EARLY = (False, True, 'never')
 
 
+def beam_search(engine, prompts, beams, stopping, sampling=None, **settings):
+    sampling = Sampling(greedy=True) if sampling is None else sampling
+    return generate(engine, prompts, sampling, stopping, strategy=beams, **settings)
+
+
 def check(searched, beams, end, prompts=None):
     """Compares tokens, finish and scores; gives how many texts ended by themselves."""
     prompts = searched.prompts if prompts is None else prompts
-    found = beam_search(searched.engine, prompts, beams, Ending(COUNT, end))
+    found = beam_search(searched.engine, prompts, beams, StoppingCriteria(COUNT, end))
     settings = {'groups': beams.num_beam_groups, 'diversity': beams.diversity_penalty}
     settings |= {'length_penalty': beams.length_penalty, 'early': beams.early_stopping}
     size = beams.num_beams // beams.num_beam_groups
@@ -46,7 +51,12 @@ def test_groups_avoid_what_those_before_them_take(searched, beams, groups):
     for penalty, early, diversity in itertools.product((1.0, 0.0), EARLY, (0.0, 0.7, 20.0)):
         check(searched, Beams(beams, penalty, early, beams, groups, diversity), OFTEN)
     plain, diverse = (
-        beam_search(searched.engine, searched.prompts, Beams(beams, 1.0, False, beams, groups, d), Ending(COUNT, NEVER))
+        beam_search(
+            searched.engine,
+            searched.prompts,
+            Beams(beams, 1.0, False, beams, groups, d),
+            StoppingCriteria(COUNT, NEVER),
+        )
         for d in (0.0, 20.0)
     )
     for same, different in zip(plain, diverse, strict=True):
@@ -57,7 +67,7 @@ def test_groups_avoid_what_those_before_them_take(searched, beams, groups):
 
 def test_one_beam_is_greedy_decoding(searched):
     for prompt in searched.prompts:
-        ((result,),) = beam_search(searched.engine, [prompt], Beams(1), Ending(COUNT, NEVER))
+        ((result,),) = beam_search(searched.engine, [prompt], Beams(1), StoppingCriteria(COUNT, NEVER))
         tokens = list(prompt)
         for _ in range(COUNT):
             tokens.append(int(np.argmax(searched.next_logprobs(tokens))))
@@ -66,7 +76,9 @@ def test_one_beam_is_greedy_decoding(searched):
 
 
 def test_a_beam_finds_what_is_likelier_than_greedy_text(searched):
-    one, four = (beam_search(searched.engine, searched.prompts, Beams(n), Ending(COUNT, NEVER)) for n in (1, 4))
+    one, four = (
+        beam_search(searched.engine, searched.prompts, Beams(n), StoppingCriteria(COUNT, NEVER)) for n in (1, 4)
+    )
     gains = [b.score - a.score for ((a,), (b,)) in zip(one, four, strict=True)]
     assert min(gains) > -1e-5
     assert max(gains) > 1e-3
@@ -75,7 +87,7 @@ def test_a_beam_finds_what_is_likelier_than_greedy_text(searched):
 def test_log_probabilities_are_the_models_own_and_add_up_to_the_score(searched):
     for prompt, results in zip(
         searched.prompts,
-        beam_search(searched.engine, searched.prompts, Beams(4, 1.0, False, 4), Ending(COUNT, OFTEN)),
+        beam_search(searched.engine, searched.prompts, Beams(4, 1.0, False, 4), StoppingCriteria(COUNT, OFTEN)),
         strict=True,
     ):
         for result in results:
@@ -91,7 +103,9 @@ def test_log_probabilities_are_the_models_own_and_add_up_to_the_score(searched):
 
 def test_filters_act_on_beams(searched):
     plain, filtered = (
-        beam_search(searched.engine, searched.prompts, Beams(4, 1.0, False, 4), Ending(COUNT, OFTEN), sampling)
+        beam_search(
+            searched.engine, searched.prompts, Beams(4, 1.0, False, 4), StoppingCriteria(COUNT, OFTEN), sampling
+        )
         for sampling in (None, Sampling(greedy=True, no_repeat_ngram_size=2, min_new_tokens=5, bad_words_ids=((3,),)))
     )
     assert plain != filtered
@@ -107,7 +121,7 @@ def test_filters_act_on_beams(searched):
 
 def test_a_batch_finds_what_each_prompt_finds_alone(searched):
     def find(prompts, **settings):
-        return beam_search(searched.engine, prompts, Beams(4, 1.0, True, 2), Ending(COUNT, OFTEN), **settings)
+        return beam_search(searched.engine, prompts, Beams(4, 1.0, True, 2), StoppingCriteria(COUNT, OFTEN), **settings)
 
     together = find(searched.prompts)
     assert [[r.tokens for r in results] for results in find(searched.prompts, batch_size=2)] == [
@@ -119,15 +133,15 @@ def test_a_batch_finds_what_each_prompt_finds_alone(searched):
 
 def test_an_empty_prompt_starts_a_new_document(searched):
     check(searched, Beams(4), NEVER, [[NEVER]])
-    assert beam_search(searched.engine, [[]], Beams(4), Ending(3, NEVER)) == beam_search(
-        searched.engine, [[NEVER]], Beams(4), Ending(3, NEVER)
+    assert beam_search(searched.engine, [[]], Beams(4), StoppingCriteria(3, NEVER)) == beam_search(
+        searched.engine, [[NEVER]], Beams(4), StoppingCriteria(3, NEVER)
     )
 
 
 def test_other_numbers_compile_nothing_new(searched):
     def run(beams, count, end):
-        beam_search(searched.engine, searched.prompts, beams, Ending(count, end))
-        return [program._cache_size() for program in (beam_loop.start, beam_loop.advance)]
+        beam_search(searched.engine, searched.prompts, beams, StoppingCriteria(count, end))
+        return [program._cache_size() for program in (beam.start, beam.advance)]
 
     before = run(Beams(4, 1.0, False), COUNT, OFTEN)
     assert run(Beams(4, 0.3, 'never', 3), COUNT - 2, NEVER) == before
@@ -153,9 +167,13 @@ def test_settings_that_cannot_be_are_named(values, message):
 
 
 def test_what_does_not_go_with_beams_is_refused(searched):
-    def run(sampling=None, **ending):
+    def run(sampling=None, **stopping):
         beam_search(
-            searched.engine, [[1]], Beams(4), Ending(**({'max_new_tokens': 3, 'end_of_text': 0} | ending)), sampling
+            searched.engine,
+            [[1]],
+            Beams(4),
+            StoppingCriteria(**({'max_new_tokens': 3, 'end_of_text': 0} | stopping)),
+            sampling,
         )
 
     with pytest.raises(InputError, match='num_beams=4 with sampling'):

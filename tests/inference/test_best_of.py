@@ -4,25 +4,17 @@ import numpy as np
 import pytest
 
 from gpt_jax.errors import InputError
-from gpt_jax.inference import Ending, Sampling, best_of_n, generate
+from gpt_jax.inference import BestOf, Sampling, StoppingCriteria, generate
 
 DRAWN, OFTEN = Sampling(temperature=1.5), 10
 
 
 @pytest.mark.parametrize('length_penalty', [0.0, 1.0])
 def test_the_likeliest_draws_come_back_with_their_scores(searched, length_penalty):
-    ending = Ending(10, OFTEN)
-    drawn = generate(searched.engine, searched.prompts, DRAWN, ending, num_samples=6, seed=3)
-    kept = best_of_n(
-        searched.engine,
-        searched.prompts,
-        DRAWN,
-        ending,
-        6,
-        num_return_sequences=2,
-        length_penalty=length_penalty,
-        seed=3,
-    )
+    stopping = StoppingCriteria(10, OFTEN)
+    drawn = generate(searched.engine, searched.prompts, DRAWN, stopping, num_samples=6, seed=3)
+    best = BestOf(6, num_return_sequences=2, length_penalty=length_penalty)
+    kept = generate(searched.engine, searched.prompts, DRAWN, stopping, strategy=best, seed=3)
     stopped = 0
     for prompt, all_, best in zip(searched.prompts, drawn, kept, strict=True):
         scores = {}
@@ -40,7 +32,7 @@ def test_the_likeliest_draws_come_back_with_their_scores(searched, length_penalt
 
 def test_settings_that_cannot_be_are_named(searched):
     def run(sampling=DRAWN, best_of=2, kept=1):
-        best_of_n(searched.engine, [[1]], sampling, Ending(3, 0), best_of, num_return_sequences=kept)
+        generate(searched.engine, [[1]], sampling, StoppingCriteria(3, 0), strategy=BestOf(best_of, kept))
 
     with pytest.raises(InputError, match='best_of=2 with greedy decoding'):
         run(Sampling(greedy=True))

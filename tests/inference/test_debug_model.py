@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from gpt_jax.data.tokenizer import train_char
-from gpt_jax.inference import Ending, Engine, Sampling, generate
+from gpt_jax.inference import Engine, Sampling, StoppingCriteria, generate
 from gpt_jax.inference.debug import Debugger
-from gpt_jax.inference.debug.choice import choose
-from gpt_jax.inference.debug.microscope import Microscope
+from gpt_jax.inference.debug.choice import ModelInspector, choose
 from gpt_jax.models import GPT, GPTConfig
 
 LETTERS = [chr(ord('A') + index) for index in range(58)]
@@ -34,8 +33,8 @@ def params(model):
 
 
 @pytest.fixture(scope='module')
-def microscope(model, params):
-    return Microscope(model, params)
+def inspector(model, params):
+    return ModelInspector(model, params)
 
 
 @pytest.fixture(scope='module')
@@ -45,52 +44,52 @@ def tokenizer():
     return tokenizer
 
 
-def test_the_last_row_of_the_lens_is_what_the_model_says_comes_next(model, params, microscope):
+def test_the_last_row_of_the_lens_is_what_the_model_says_comes_next(model, params, inspector):
     apply = jax.jit(lambda tokens: model.apply({'params': params}, tokens))
     for length in (1, 6, 32, 33, 64):
         tokens = np.random.default_rng(length).integers(0, 60, length)
-        lens_LV = microscope.lens(list(tokens))
+        lens_LV = inspector.lens(list(tokens))
         assert lens_LV.shape == (3, 60)
         padded = np.zeros((1, 64), np.int32)
         padded[0, :length] = tokens
         np.testing.assert_allclose(lens_LV[-1], apply(padded)[0, length - 1], rtol=1e-4, atol=1e-4)
 
 
-def test_attention_is_that_of_the_text_without_its_padding(microscope):
+def test_attention_is_that_of_the_text_without_its_padding(inspector):
     for layer, band in ((0, 99), (1, 4)):
-        maps_NTS = microscope.attention(PROMPT, layer)
+        maps_NTS = inspector.attention(PROMPT, layer)
         assert maps_NTS.shape == (2, 6, 6)
         np.testing.assert_allclose(maps_NTS.sum(axis=-1), 1, atol=1e-5)
         distance = np.arange(6)[:, None] - np.arange(6)
         np.testing.assert_array_equal(maps_NTS > 0, np.broadcast_to((distance >= 0) & (distance < band), (2, 6, 6)))
 
 
-def test_another_text_is_looked_at_anew(microscope):
-    first, other = microscope.lens(PROMPT), microscope.lens(PROMPT[::-1])
+def test_another_text_is_looked_at_anew(inspector):
+    first, other = inspector.lens(PROMPT), inspector.lens(PROMPT[::-1])
     assert not np.allclose(first[-1], other[-1])
-    np.testing.assert_array_equal(microscope.lens(PROMPT), first)
+    np.testing.assert_array_equal(inspector.lens(PROMPT), first)
 
 
 @pytest.mark.parametrize('sampling', SETTINGS)
-def test_it_takes_the_tokens_that_generate_takes(model, params, microscope, tokenizer, sampling):
+def test_it_takes_the_tokens_that_generate_takes(model, params, inspector, tokenizer, sampling):
     ((expected,),) = generate(
-        Engine(model, params), [PROMPT], sampling, Ending(12, tokenizer.end_of_text), num_samples=1, seed=5
+        Engine(model, params), [PROMPT], sampling, StoppingCriteria(12, tokenizer.end_of_text), num_samples=1, seed=5
     )
-    debugger = Debugger(microscope, tokenizer, PROMPT, 12)
+    debugger = Debugger(inspector, tokenizer, PROMPT, 12)
     state, _ = debugger.respond(debugger.start(sampling, seed=5)[0], 'run')
     taken = [each for each in state.taken if each.token != tokenizer.end_of_text]
     assert [each.token for each in taken] == expected.tokens
     np.testing.assert_allclose(np.log([each.probability for each in taken]), expected.logprobs, atol=1e-4)
 
 
-def test_every_filter_in_use_is_shown_by_name_and_in_the_order_it_acts(microscope):
-    moment = choose(SETTINGS[2], microscope.lens(PROMPT)[-1], PROMPT, new=2, end_of_text=59, seed=0)
-    assert moment.names == (
+def test_every_filter_in_use_is_shown_by_name_and_in_the_order_it_acts(inspector):
+    choice = choose(SETTINGS[2], inspector.lens(PROMPT)[-1], PROMPT, new=2, end_of_text=59, seed=0)
+    assert choice.names == (
         *('model', 'repetition_penalty=1.2', 'min_new_tokens=4', 'temperature=1.3', 'min_p=0.02', 'typical_p=0.9'),
     )
-    assert moment.probabilities[1, 59] > 0
-    assert moment.probabilities[2, 59] == 0
-    np.testing.assert_allclose(moment.probabilities.sum(axis=-1), 1)
-    assert moment.probabilities[-1, moment.chosen] > 0
-    banned = Sampling(greedy=True, bad_words_ids=((moment.chosen,),))
-    assert choose(banned, microscope.lens(PROMPT)[-1], PROMPT, 0, 59, 0).names == ('model', 'bad_words_ids')
+    assert choice.probabilities[1, 59] > 0
+    assert choice.probabilities[2, 59] == 0
+    np.testing.assert_allclose(choice.probabilities.sum(axis=-1), 1)
+    assert choice.probabilities[-1, choice.chosen] > 0
+    banned = Sampling(greedy=True, bad_words_ids=((choice.chosen,),))
+    assert choose(banned, inspector.lens(PROMPT)[-1], PROMPT, 0, 59, 0).names == ('model', 'bad_words_ids')

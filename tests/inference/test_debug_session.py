@@ -4,14 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from toy_microscope import VOCAB, ToyMicroscope, shares_after
+from toy_inspector import VOCAB, ToyInspector, shares_after
 
 from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
 from gpt_jax.inference import Sampling
 from gpt_jax.inference.debug import Debugger
-from gpt_jax.inference.debug.picture import Picture
-from gpt_jax.inference.debug.views import Table
+from gpt_jax.inference.debug.views import Picture, Table
 
 GREEDY, DRAWN = Sampling(greedy=True), Sampling(temperature=0.5, top_k=3, top_p=0.9)
 
@@ -25,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture
 def debugger(tokenizer):
-    return Debugger(ToyMicroscope(), tokenizer, tokenizer.encode('ab'), max_new_tokens=5)
+    return Debugger(ToyInspector(), tokenizer, tokenizer.encode('ab'), max_new_tokens=5)
 
 
 class Play:
@@ -158,7 +157,7 @@ def test_the_text_ends_at_end_of_text_and_back_leads_out(play):
 
 
 def test_the_text_ends_where_the_context_is_full(tokenizer):
-    play = Play(Debugger(ToyMicroscope(block_size=5), tokenizer, tokenizer.encode('ab'), max_new_tokens=9))
+    play = Play(Debugger(ToyInspector(block_size=5), tokenizer, tokenizer.encode('ab'), max_new_tokens=9))
     assert play('run')[-1] == 'prompt and text fill block_size=5: back undoes, quit leaves'
     assert play.tokens == [2, 3, 4]
     assert play.error('step') == 'prompt and text fill block_size=5; go back, or quit'
@@ -222,7 +221,7 @@ def test_attention_is_shown_as_weights_and_as_a_map(play):
 
 
 def test_a_map_of_a_long_text_shows_the_last_tokens(tokenizer):
-    play = Play(Debugger(ToyMicroscope(99), tokenizer, [0] * 50, 5))
+    play = Play(Debugger(ToyInspector(99), tokenizer, [0] * 50, 5))
     _, shades = play('attention 0 1')
     assert [row[0] for row in shades.rows] == [str(place) for place in range(18, 50)]
     assert shades.rows[-1][2] == f'|{"@" * 32}|'
@@ -242,7 +241,7 @@ def test_the_text_so_far_is_told(play):
 
 def test_control_characters_do_not_reach_the_terminal():
     tokenizer = train_char(['abc\x1b\n\t'])
-    play = Play(Debugger(ToyMicroscope(), tokenizer, tokenizer.encode('a\x1b\t\nb'), 1))
+    play = Play(Debugger(ToyInspector(), tokenizer, tokenizer.encode('a\x1b\t\nb'), 1))
     assert play('text') == ['a\\x1b\t\nb']
 
 
@@ -304,10 +303,10 @@ def test_what_cannot_be_is_one_line_and_changes_nothing(play, line, message):
 )
 def test_what_leaves_no_room_is_refused(tokenizer, prompt, max_new_tokens, message):
     with pytest.raises(InputError, match=message):
-        Debugger(ToyMicroscope(), tokenizer, prompt, max_new_tokens)
+        Debugger(ToyInspector(), tokenizer, prompt, max_new_tokens)
 
 
 def test_an_empty_prompt_starts_a_new_document(tokenizer):
-    play = Play(Debugger(ToyMicroscope(), tokenizer, [], 5))
+    play = Play(Debugger(ToyInspector(), tokenizer, [], 5))
     play('step')
     assert play.tokens == [0]

@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from gpt_jax.errors import InputError
-from gpt_jax.inference.debug import picture
+from gpt_jax.inference.debug import views
 from gpt_jax.inference.debug.terminal import show
 from gpt_jax.inference.debug.views import Table, show_probability, show_token
 
@@ -40,7 +40,7 @@ def test_a_long_line_is_not_broken():
 def heat(path, **changes):
     weights_TS = np.tril(np.ones((3, 3))) / np.arange(1, 4)[:, None]
     settings = {'weights_TS': weights_TS, 'labels': ("'$x^$'", "'日'", "b'\\xc3'"), 'title': 'layer 0'} | changes
-    return picture.Picture(str(path), **settings)
+    return views.Picture(str(path), **settings)
 
 
 def test_a_picture_is_written_whole_and_said_to_be(tmp_path, recwarn):
@@ -54,7 +54,7 @@ def test_a_picture_is_written_whole_and_said_to_be(tmp_path, recwarn):
 
 
 def test_a_picture_of_a_long_text_stays_small(tmp_path):
-    picture.save(heat(tmp_path / 'map.png', weights_TS=np.eye(300), labels=('a',) * 300))
+    views.save_picture(heat(tmp_path / 'map.png', weights_TS=np.eye(300), labels=('a',) * 300))
     assert max(imread(tmp_path / 'map.png').shape[:2]) < 2500
 
 
@@ -64,7 +64,7 @@ def test_a_picture_of_a_long_text_stays_small(tmp_path):
 )
 def test_a_picture_that_cannot_be_is_one_line(tmp_path, name, message):
     with pytest.raises(InputError, match=message):
-        picture.save(heat(tmp_path / name))
+        views.save_picture(heat(tmp_path / name))
     assert printed([heat(tmp_path / name)], width=100).startswith(f'error: {tmp_path / name}')
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Guessing changes the time that a text takes and nothing else."""
+"""Speculative decoding changes the time that a text takes and nothing else."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from gpt_jax.errors import InputError
-from gpt_jax.inference import Ending, Engine, Sampling, generate, guess_loop, loop, make_requests
-from gpt_jax.inference.speculative import Guessing, check_speculation, speculate
+from gpt_jax.inference import Engine, Sampling, Speculative, StoppingCriteria, generate, make_requests
+from gpt_jax.inference.speculative import Drafter, look_up
 from gpt_jax.models import GPT, GPTConfig
 
 VOCAB, BLOCK = 30, 48
@@ -25,7 +25,7 @@ def make(seed, size=0.3, **sizes):
 
 @pytest.fixture(scope='module')
 def engine():
-    # Bands of 4: guesses that are not taken must not have pushed out what the band still reaches.
+    # Bands of 4: draft tokens that are not accepted must not have pushed out what the band still reaches.
     return make(0, attention_pattern='alternating', band_size=4)
 
 
@@ -34,11 +34,9 @@ def draft():
     return make(1, n_layer=1)
 
 
-def speculated(engine, guessing, sampling, ending, seed=0, prompt=PROMPT, rounds=8):
-    (request,) = make_requests(BLOCK, [prompt], ending, 1)
-    check_speculation(engine, guessing, [request], ending)
-    *_, last = speculate(engine, request, guessing, sampling, ending, seed, rounds)
-    return last, guessing.tally
+def speculated(engine, strategy, sampling, stopping, seed=0, prompt=PROMPT):
+    ((result,),) = generate(engine, [prompt], sampling, stopping, strategy=strategy, seed=seed)
+    return result, strategy.acceptance
 
 
 FILTERED = Sampling(greedy=True, repetition_penalty=1.5, no_repeat_ngram_size=3)
@@ -50,24 +48,24 @@ FILTERED = Sampling(greedy=True, repetition_penalty=1.5, no_repeat_ngram_size=3)
     ids=['draft', 'lookup', 'lookup of one', 'itself'],
 )
 def test_greedy_text_is_that_of_one_token_at_a_time(engine, draft, source, tokens, sampling):
-    guessing = Guessing(tokens, {'draft': draft, 'lookup': None, 'itself': engine}[source], ngram=1)
-    ending = Ending(BLOCK - len(PROMPT), -1)  # the text fills the context to its last position
-    ((expected,),) = generate(engine, [PROMPT], sampling, ending)
-    found, tally = speculated(engine, guessing, sampling, ending)
+    strategy = Speculative(tokens, {'draft': draft, 'lookup': None, 'itself': engine}[source], ngram=1)
+    stopping = StoppingCriteria(BLOCK - len(PROMPT), -1)  # the text fills the context to its last position
+    ((expected,),) = generate(engine, [PROMPT], sampling, stopping)
+    found, acceptance = speculated(engine, strategy, sampling, stopping)
     assert found.tokens == expected.tokens
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
     assert found.finish_reason == 'length'
-    assert 0 <= tally.accepted <= tally.guessed
+    assert 0 <= acceptance.accepted <= acceptance.drafted
     if source == 'itself':
-        assert tally.rate > 0.9  # the last guesses lie beyond the last token
+        assert acceptance.rate > 0.9  # the last draft lies beyond the last token
 
 
-def test_end_of_text_among_the_guesses_ends_the_text(engine):
-    ((whole,),) = generate(engine, [PROMPT], GREEDY, Ending(30, -1))
+def test_end_of_text_in_the_draft_ends_the_text(engine):
+    ((whole,),) = generate(engine, [PROMPT], GREEDY, StoppingCriteria(30, -1))
     end = next(token for token in whole.tokens if whole.tokens.index(token) >= 4)
-    ending = Ending(30, end)
-    ((expected,),) = generate(engine, [PROMPT], GREEDY, ending)
-    found, _ = speculated(engine, Guessing(4, engine), GREEDY, ending)
+    stopping = StoppingCriteria(30, end)
+    ((expected,),) = generate(engine, [PROMPT], GREEDY, stopping)
+    found, _ = speculated(engine, Speculative(4, engine), GREEDY, stopping)
     assert (found.tokens, found.finish_reason) == (expected.tokens, 'stop')
 
 
@@ -85,10 +83,9 @@ def test_end_of_text_among_the_guesses_ends_the_text(engine):
 def test_the_text_is_looked_up_for_its_own_end(text, ngram, expected):
     # What lies behind the text must not be found.
     tokens = jnp.array([[*text, 1, 2, 3, 7, 7, 7]])
-    state = loop.State(None, tokens, None, jnp.array([len(text)]), None, None, None)
-    guesses = guess_loop.look_up(guess_loop.Guesser(3, ngram, None), state)
-    assert guesses.tokens_T[guesses.made_T].tolist() == expected
-    assert guesses.made_T.tolist() == [True] * len(expected) + [False] * (3 - len(expected))
+    draft = look_up(Drafter(3, ngram, None), tokens[0], jnp.array(len(text)))
+    assert draft.tokens_T[draft.made_T].tolist() == expected
+    assert draft.made_T.tolist() == [True] * len(expected) + [False] * (3 - len(expected))
 
 
 def joint(engine, sampling, prompt):
@@ -110,13 +107,13 @@ def joint(engine, sampling, prompt):
 @pytest.mark.parametrize('source', ['draft', 'lookup'])
 def test_drawn_texts_are_distributed_as_those_of_the_model(engine, draft, source):
     sampling = Sampling(temperature=1.5, top_k=6)
-    guessing = Guessing(2, draft if source == 'draft' else None, ngram=1)
-    # The pair of tokens after the first one, which nothing guesses: the first is conditioned on.
+    strategy = Speculative(2, draft if source == 'draft' else None, ngram=1)
+    # The pair of tokens after the first one, which nothing drafts: the first is conditioned on.
     counts = {}
     for seed in range(1000):
-        found, tally = speculated(engine, guessing, sampling, Ending(3, -1), seed)
+        found, acceptance = speculated(engine, strategy, sampling, StoppingCriteria(3, -1), seed)
         counts.setdefault(found.tokens[0], []).append(tuple(found.tokens[1:]))
-    assert 0.02 < tally.rate < 0.98
+    assert 0.02 < acceptance.rate < 0.98
     first, pairs = max(counts.items(), key=lambda item: len(item[1]))
     expected = joint(engine, sampling, [*PROMPT, first]) * len(pairs)
     observed = np.zeros_like(expected)
@@ -128,16 +125,16 @@ def test_drawn_texts_are_distributed_as_those_of_the_model(engine, draft, source
     assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
-def test_what_cannot_be_guessed_is_refused(engine, draft):
-    requests = make_requests(BLOCK, [PROMPT], Ending(10, -1), 1)
+def test_what_cannot_be_drafted_is_refused(engine, draft):
+    requests = make_requests(BLOCK, [PROMPT], StoppingCriteria(10, -1), 1)
     with pytest.raises(InputError, match='draft_tokens=0 must be at least 1'):
-        Guessing(0)
+        Speculative(0)
     with pytest.raises(InputError, match='allow_sliding does not go with speculative'):
-        check_speculation(engine, Guessing(), requests, Ending(10, -1, allow_sliding=True))
+        Speculative().check(engine, requests, GREEDY, StoppingCriteria(10, -1, allow_sliding=True))
     small = GPT(GPTConfig(VOCAB + 1, 8, n_layer=1, n_head=1, d_model=4))
     other = Engine(small, small.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params'])
     with pytest.raises(InputError, match='vocabulary of 31 tokens and the model one of 30'):
-        check_speculation(engine, Guessing(draft=other), requests, Ending(10, -1))
+        Speculative(draft=other).check(engine, requests, GREEDY, StoppingCriteria(10, -1))
     short = Engine(GPT(GPTConfig(VOCAB, 8, n_layer=2, n_head=2, d_model=16)), {'blocks': {}} | dict(draft.params))
     with pytest.raises(InputError, match='exceed block_size=8 of the draft'):
-        check_speculation(engine, Guessing(draft=short), requests, Ending(10, -1))
+        Speculative(draft=short).check(engine, requests, GREEDY, StoppingCriteria(10, -1))

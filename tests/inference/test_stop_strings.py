@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from gpt_jax.data.tokenizer import train_bpe
 from gpt_jax.errors import InputError
-from gpt_jax.inference.stop_strings import StopFilter, StopStrings
+from gpt_jax.inference.text import StopFilter, StopStrings, text_of
 
 # Few characters, so that stop strings occur, overlap and almost occur; one of several bytes.
 TEXT = st.text('abé', max_size=12)
@@ -46,7 +46,7 @@ def test_tokens_are_kept_up_to_the_one_that_completes_a_stop_string(tokenizer, t
 @hypothesis.given(TEXT, STOPS)
 def test_the_text_ends_before_the_stop_string(tokenizer, text, stops):
     match = first_match(text, stops)
-    assert StopStrings(tokenizer, stops).cut(text) == (text if match is None else text[: match[0]])
+    assert text_of(tokenizer, tokenizer.encode(text), stops) == (text if match is None else text[: match[0]])
 
 
 @few_examples

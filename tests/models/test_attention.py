@@ -12,8 +12,7 @@ from jaxprs import largest_array
 from numpy_reference import float64, gpt_logits, self_attention
 
 from gpt_jax.models import GPT, GPTConfig, unstack_layers
-from gpt_jax.models.attention import CausalSelfAttention
-from gpt_jax.models.token_info import TokenInfo
+from gpt_jax.models.gpt import CausalSelfAttention, TokenInfo
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +100,7 @@ def test_cached_decoding_equals_the_full_forward_however_the_tokens_are_fed(conf
     # 24 slots for 20 tokens: those never written must not be seen.
     cached, cache = decode(step, params, tokens, GPT(config).init_cache(2, 24), chunks)
     np.testing.assert_allclose(cached, gpt_logits(params, tokens, 300), rtol=1e-4, atol=1e-4)
-    assert cache['index'] == 20
+    assert cache['lengths'].tolist() == [20, 20]
 
 
 @pytest.mark.parametrize('form', ['unstacked', 'scan_layers'])
@@ -157,7 +156,7 @@ def test_a_cache_holds_each_layers_keys_and_values_in_the_compute_dtype(config):
     for name in ('key', 'value'):
         assert [(array.shape, array.dtype) for array in cache[name]] == [((3, 4, 16, 8), jnp.bfloat16)] * 2
     assert cache['positions'].shape == (3, 16)
-    assert cache['index'] == 0
+    assert cache['lengths'].tolist() == [0, 0, 0]
 
 
 def test_a_cache_longer_than_the_model_is_refused_with_both_numbers(config):
@@ -202,7 +201,7 @@ def test_a_prefill_gives_the_logits_after_each_prompt_and_the_cache_of_one_token
     for row, length in enumerate((9, 14)):
         expected = gpt_logits(params, tokens[row : row + 1, :length], 300, band=band)[0, -1]
         np.testing.assert_allclose(logits[row], expected, rtol=1e-4, atol=1e-4)
-    assert cache['index'] == 14
+    assert cache['lengths'].tolist() == [9, 14]
     logits, _ = step(cache, tokens[jnp.arange(2), lengths], lengths)
     for row, length in enumerate((9, 14)):
         expected = gpt_logits(params, tokens[row : row + 1, : length + 1], 300, band=band)[0, -1]

@@ -11,8 +11,7 @@ import quick
 from numpy_reference import float64, gpt_logits, self_attention
 
 from gpt_jax.models import GPT, GPTConfig
-from gpt_jax.models.attention import CausalSelfAttention
-from gpt_jax.models.token_info import TokenInfo
+from gpt_jax.models.gpt import CausalSelfAttention, TokenInfo
 from gpt_jax.parallel import MeshConfig, activate, batch_sharding, make_mesh, tree_shardings
 
 BAND = 5

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxprs import largest_array, multiplications
 from numpy_reference import causal_attention, causal_attention_gradients, float64
 
-from gpt_jax.models.blockwise import banded_attention, blockwise_attention
+from gpt_jax.models.attention import banded_attention, blockwise_attention
 
 
 def qkv_and_upstream(seed, batch, heads, time, head_dim, dtype=np.float32):

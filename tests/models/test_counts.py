@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from gpt_jax.models import GPT, PRESETS, GPTConfig
-from gpt_jax.models.counts import causal_flops_per_token, parameters_by_part, training_flops_per_token
+from gpt_jax.models.config import causal_flops_per_token, parameters_by_part, training_flops_per_token
 
 VARIANTS = {
     'plain': {},

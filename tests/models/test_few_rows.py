@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_jax.models import unstack_layers
-from gpt_jax.models.few_rows import FEW, multiply, transpose_kernels
+from gpt_jax.models.layers import FEW_ROWS, matmul_transposed, transpose_kernels
 
 
 @settings(max_examples=25, deadline=None)
@@ -25,17 +25,17 @@ def test_the_product_is_numpys_whatever_the_number_of_rows(batch, sizes, dtype, 
     x, matrix = (
         jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in ((*batch, sizes[0]), sizes[::-1])
     )
-    y = multiply(x, matrix, of_sums)
+    y = matmul_transposed(x, matrix, of_sums)
     assert y.dtype == (of_sums or dtype)
     tolerance = 1e-5 if y.dtype == jnp.float32 else 0.2
     np.testing.assert_allclose(np.float32(y), np.float32(x) @ np.float32(matrix).T, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize('rows', [1, FEW, FEW + 1])
+@pytest.mark.parametrize('rows', [1, FEW_ROWS, FEW_ROWS + 1])
 def test_only_few_rows_are_multiplied_as_a_stack_of_one_matrix(rows):
-    jaxpr = jax.make_jaxpr(multiply)(jnp.ones((rows, 8)), jnp.ones((5, 8)))
+    jaxpr = jax.make_jaxpr(matmul_transposed)(jnp.ones((rows, 8)), jnp.ones((5, 8)))
     (product,) = (equation for equation in jaxpr.eqns if equation.primitive.name == 'dot_general')
-    assert (product.invars[1].aval.ndim == 3 or product.invars[0].aval.ndim == 3) == (rows <= FEW)
+    assert (product.invars[1].aval.ndim == 3 or product.invars[0].aval.ndim == 3) == (rows <= FEW_ROWS)
 
 
 @pytest.mark.parametrize('qkv_bias', [True, False])

@@ -13,8 +13,7 @@ from numpy_reference import block, cross_entropy, float64, gpt_logits, mlp
 
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, GPT2, GPT3, GPTConfig, stack_layers, unstack_layers
-from gpt_jax.models.gpt import MLP, Block
-from gpt_jax.models.token_info import TokenInfo
+from gpt_jax.models.gpt import MLP, Block, TokenInfo
 
 RATES = ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout')
 

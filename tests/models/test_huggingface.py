@@ -361,7 +361,7 @@ def test_a_save_that_fails_leaves_nothing(config, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr('gpt_jax.models.huggingface.directory.save_file', full)
+    monkeypatch.setattr('gpt_jax.models.huggingface.save_file', full)
     with pytest.raises(OSError, match='No space left'):
         huggingface.save(tmp_path / 'hf', config, random_params(config))
     assert list(tmp_path.iterdir()) == []

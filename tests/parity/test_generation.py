@@ -20,10 +20,11 @@ from scipy import stats  # noqa: E402
 from transformers import generation  # noqa: E402
 
 from gpt_jax import inference  # noqa: E402
-from gpt_jax.inference import Beams, Ending, Engine, Sampling, filters  # noqa: E402
+from gpt_jax.inference import Beams, Engine, Sampling, StoppingCriteria, filters  # noqa: E402
 from gpt_jax.models import GPT  # noqa: E402
 
 VOCAB, END = 24, 23
+GREEDY = Sampling(greedy=True)
 # No two are equal, so that the order is sure; distances well above rounding.
 LOGITS = st.permutations(range(-40, 8)).map(lambda order: np.array(order[:VOCAB], np.float32) / 5)
 TEXT = hypothesis.extra.numpy.arrays(np.int32, st.integers(1, 12), elements=st.integers(0, 4))
@@ -177,7 +178,7 @@ def test_greedy_texts_are_those_of_transformers_token_for_token(pair, filtered):
     settings = FILTERS if filtered else {}
     compared = set()
     for end in ends(peer):
-        found = inference.generate(engine, PROMPTS, Sampling(greedy=True, **settings), Ending(16, end))
+        found = inference.generate(engine, PROMPTS, Sampling(greedy=True, **settings), StoppingCriteria(16, end))
         for prompt, (result,) in zip(PROMPTS, found, strict=True):
             expected, _ = generate(peer, prompt, end, **settings)
             assert result.tokens == expected[0]
@@ -196,7 +197,7 @@ def test_beam_searches_are_those_of_transformers_token_for_token(pair, num_beams
         beams = Beams(num_beams, length_penalty, early_stopping, num_return_sequences=num_beams)
         settings = dataclasses.asdict(beams)
         del settings['num_beam_groups'], settings['diversity_penalty']
-        found = inference.beam_search(engine, PROMPTS, beams, Ending(16, end))
+        found = inference.generate(engine, PROMPTS, GREEDY, StoppingCriteria(16, end), strategy=beams)
         for prompt, results in zip(PROMPTS, found, strict=True):
             texts, scores = generate(peer, prompt, end, **settings)
             assert [result.tokens for result in results] == texts, (beams, end)
@@ -213,7 +214,7 @@ def test_filtered_beam_searches_are_those_of_transformers_token_for_token(pair):
     peer, engine = pair
     for end in ends(peer):
         beams, sampling = Beams(3, num_return_sequences=3), Sampling(greedy=True, **FILTERS)
-        found = inference.beam_search(engine, PROMPTS, beams, Ending(16, end), sampling)
+        found = inference.generate(engine, PROMPTS, sampling, StoppingCriteria(16, end), strategy=beams)
         for prompt, results in zip(PROMPTS, found, strict=True):
             texts, _ = generate(peer, prompt, end, num_beams=3, num_return_sequences=3, **FILTERS)
             assert [result.tokens for result in results] == texts
@@ -235,7 +236,7 @@ def test_draws_follow_the_distribution_of_transformers(pair):
     expected = torch.softmax(torch.from_numpy(theirs(warpers, logits, prompt)).double(), -1).numpy()
     sampling = Sampling(temperature=1.4, top_k=18, top_p=0.95, min_p=0.02, repetition_penalty=1.3)
     (results,) = inference.generate(
-        engine, [prompt], sampling, Ending(1, -1), num_samples=count, seed=1, batch_size=count
+        engine, [prompt], sampling, StoppingCriteria(1, -1), num_samples=count, seed=1, batch_size=count
     )
     observed = np.bincount([result.tokens[0] for result in results], minlength=VOCAB)
     assert observed[expected == 0].sum() == 0

@@ -34,7 +34,7 @@ def test_greedy_continuations_are_those_of_transformers_token_for_token(make, lo
     config, params = loaded(peer)
     prompt = [5, 17, 200, 31, 2]
     engine = inference.Engine(GPT(config), params)
-    ((ours,),) = inference.generate(engine, [prompt], GREEDY, inference.Ending(19, end_of_text=-1))
+    ((ours,),) = inference.generate(engine, [prompt], GREEDY, inference.StoppingCriteria(19, end_of_text=-1))
     expected = greedy_in_transformers(peer, prompt, 19)
     assert len(set(expected)) > 3  # not one token over and over
     assert ours.tokens == expected
@@ -104,11 +104,11 @@ def test_a_trained_checkpoint_writes_the_same_greedy_text_in_transformers(finish
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     loaded = checkpoints.load(finished_run.workdir)
     engine = inference.Engine(GPT(GPTConfig(**loaded.meta['model'])), loaded.params)
-    ending = inference.Ending(20, finished_run.tokenizer.end_of_text)
+    stopping = inference.StoppingCriteria(20, finished_run.tokenizer.end_of_text)
     for prompt in ('the quick ', 'café', 'a'):
         ids = finished_run.tokenizer.encode(prompt)
         assert tokenizer(prompt)['input_ids'] == ids
-        ((made,),) = inference.generate(engine, [ids], GREEDY, ending)
+        ((made,),) = inference.generate(engine, [ids], GREEDY, stopping)
         theirs = greedy_in_transformers(model, ids, 20)
         assert tokenizer.decode(theirs, skip_special_tokens=True) == finished_run.tokenizer.decode(made.tokens)
     print('\nfidelity: | greedy text of a trained checkpoint | transformers, its export | identical | identical |')

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from gpt_jax.models import GPTConfig
-from gpt_jax.models.counts import training_flops_per_token as flops_per_token
+from gpt_jax.models.config import training_flops_per_token as flops_per_token
 from gpt_jax.parallel.devices import Device
 from gpt_jax.training import metrics
 from gpt_jax.training.metrics import MetricsLog, Throughput, Waits, model_flops_utilisation, read_rows

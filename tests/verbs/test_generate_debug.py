@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gpt_jax.inference import Ending, Engine, Sampling, generate
+from gpt_jax.inference import Engine, Sampling, StoppingCriteria, generate
 
 SCRIPT = 'step\nlens\nback\nforce "fox"\nattention 1 0 PNG\nrun 4\nhistory\nnonsense\ntext\nquit\nstep\n'
 
@@ -34,8 +34,8 @@ def test_a_script_on_standard_input_is_played(process, checkpoint, finished_run,
     assert (tmp_path / 'map.png').read_bytes().startswith(b'\x89PNG')
     engine = Engine(finished_run.model, finished_run.params)
     tokenizer = finished_run.tokenizer
-    ending = Ending(4, tokenizer.end_of_text)
-    ((expected,),) = generate(engine, [tokenizer.encode('the fox')], Sampling(greedy=True), ending)
+    stopping = StoppingCriteria(4, tokenizer.end_of_text)
+    ((expected,),) = generate(engine, [tokenizer.encode('the fox')], Sampling(greedy=True), stopping)
     assert f'the fox{tokenizer.decode(expected.tokens)}' in result.stdout.partition('(debug) text\n')[2]
     assert '\x1b' not in result.stdout
 

@@ -1,15 +1,13 @@
 """Generating step by step, with a look at what the model sees: `generate --debug`.
 
-microscope.py   a model: layers' guesses at the next token, and attention
-choice.py       what each filter does, and the draw: those of `generate`
-moment.py       one choice: distributions before and after each filter, entropy, rank
-session.py      commands -> replies: the state and what changes it
-views.py        moments, lenses and attention as tables
-picture.py      attention as a PNG
-terminal.py     commands from a terminal or a pipe, replies to it
+choice.py     what a model and each filter make of the next token, and the draw: those of `generate`
+session.py    commands -> replies: the state and what changes it
+views.py      what there is to see, as tables, and attention as a PNG
+terminal.py   commands from a terminal or a pipe, replies to it
 """
 
-from gpt_jax.inference.debug.session import Debugger, State
+from gpt_jax.inference.debug.choice import ModelInspector
+from gpt_jax.inference.debug.session import Debugger, SessionState
 from gpt_jax.inference.debug.terminal import run
 
-__all__ = ['Debugger', 'State', 'run']
+__all__ = ['Debugger', 'ModelInspector', 'SessionState', 'run']

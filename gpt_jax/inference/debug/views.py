@@ -1,12 +1,17 @@
-"""What there is to see, as tables of text."""
+"""What there is to see: tables of text, and attention as a picture."""
 
 import dataclasses
+import io
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from gpt_jax.data import Tokenizer
-from gpt_jax.inference.debug.moment import Moment, entropy, likeliest, log_softmax, rank
+from gpt_jax.errors import InputError
+from gpt_jax.files import replacing
+from gpt_jax.inference.debug.choice import TokenChoice, entropy, likeliest, log_softmax, rank
 
 # From nothing to the largest of a row.
 SHADES = ' .:-=+*#%@'
@@ -14,6 +19,7 @@ MAP_TOKENS = 32  # of an attention map, the last ones
 ATTENDED = 8  # tokens that the last one looks at most
 LENS_TOKENS = 3
 BAR = 24  # characters of a weight of 1
+NAMED_TOKENS = 64  # of a picture; with more, the axes are numbered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +48,20 @@ def show_probability(value: float) -> str:
     return f'{value:.4f}' if value >= 1e-4 else f'{value:.0e}'
 
 
-def candidates(moment: Moment, tokenizer: Tokenizer, count: int, title: str) -> Table:
+def candidates(choice: TokenChoice, tokenizer: Tokenizer, count: int, title: str) -> Table:
     """The likeliest tokens before and after each filter, with the chosen one among them."""
-    tokens = [int(token) for token in likeliest(moment.logprobs_SV[0], count)]
-    if moment.chosen not in tokens:
-        tokens.append(moment.chosen)
+    tokens = [int(token) for token in likeliest(choice.logprobs_SV[0], count)]
+    if choice.chosen not in tokens:
+        tokens.append(choice.chosen)
     rows = []
     for token in tokens:
-        mark = '>' if token == moment.chosen else ''
-        shares = (show_probability(value) for value in moment.probabilities[:, token])
-        rows.append((mark, str(moment.rank(token)), show_token(tokenizer, token), str(token), *shares))
-    rows.append(('', '', 'entropy in nats', '', *(f'{value:.3f}' for value in moment.entropies)))
-    rows.append(('', '', 'tokens left', '', *(str(value) for value in moment.kept)))
-    header = ('', 'rank', 'token', 'id', *moment.names)
-    return Table(title, header, tuple(rows), tokens.index(moment.chosen))
+        mark = '>' if token == choice.chosen else ''
+        shares = (show_probability(value) for value in choice.probabilities[:, token])
+        rows.append((mark, str(choice.rank(token)), show_token(tokenizer, token), str(token), *shares))
+    rows.append(('', '', 'entropy in nats', '', *(f'{value:.3f}' for value in choice.entropies)))
+    rows.append(('', '', 'tokens left', '', *(str(value) for value in choice.kept)))
+    header = ('', 'rank', 'token', 'id', *choice.names)
+    return Table(title, header, tuple(rows), tokens.index(choice.chosen))
 
 
 def lens(logits_LV: np.ndarray, tokenizer: Tokenizer, token: int) -> Table:
@@ -99,3 +105,45 @@ def attention_map(weights_TS: np.ndarray, tokens: Sequence[int], tokenizer: Toke
 
 def _bar(weight: float) -> str:
     return '#' * round(BAR * float(weight))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picture:
+    """An attention map [time, keys] to be written to `path`, with a label for each token."""
+
+    path: str
+    weights_TS: np.ndarray
+    labels: tuple[str, ...]
+    title: str
+
+
+def save_picture(picture: Picture) -> None:
+    """Writes a PNG, whole or not at all: who looks a row, who is looked at a column.
+
+    Raises:
+      InputError: `path` does not end in .png, or cannot be written.
+    """
+    path, labels = pathlib.Path(picture.path).expanduser(), picture.labels
+    if path.suffix.lower() != '.png':
+        raise InputError(f'{path}: the picture is a PNG; end it in .png')
+    size = 3 + 0.16 * min(len(labels), NAMED_TOKENS)
+    figure = Figure(figsize=(size + 1, size), layout='constrained')
+    axes = figure.subplots()
+    image = axes.imshow(picture.weights_TS, vmin=0, cmap='viridis', interpolation='nearest')
+    if len(labels) <= NAMED_TOKENS:
+        # Escaped, as fonts lack most scripts; no token is a formula.
+        plain = [label.encode('ascii', 'backslashreplace').decode() for label in labels]
+        settings = {'labels': plain, 'fontsize': 7, 'parse_math': False}
+        axes.set_xticks(range(len(labels)), rotation=90, **settings)
+        axes.set_yticks(range(len(labels)), **settings)
+    axes.set_xlabel('is looked at')
+    axes.set_ylabel('looks')
+    axes.set_title(picture.title, fontsize=9)
+    figure.colorbar(image, label='probability')
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi=120)
+    try:
+        with replacing(path) as file:
+            file.write(content.getvalue())
+    except OSError as error:
+        raise InputError(f'{path} cannot be written ({error.strerror}); name another file') from None

@@ -7,9 +7,18 @@ import pytest
 
 from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
-from gpt_jax.inference import Ending, Engine, Request, Sampling, generate, loop, sample_text
+from gpt_jax.inference import (
+    Engine,
+    Request,
+    Sampling,
+    SamplingBatch,
+    StoppingCriteria,
+    generate,
+    make_requests,
+    sample_text,
+)
 from gpt_jax.inference import engine as engines
-from gpt_jax.inference.batch import Batch
+from gpt_jax.inference.generate import decode, start_rows
 from gpt_jax.models import GPT, GPTConfig
 
 VOCAB, BLOCK = 60, 128
@@ -58,7 +67,7 @@ def complete(engine):
     """A function: one prompt, how many new tokens, how they are chosen -> its continuations."""
 
     def run(prompt, count, sampling, end_of_text=END, **settings):
-        (results,) = generate(engine, [prompt], sampling, Ending(count, end_of_text), **settings)
+        (results,) = generate(engine, [prompt], sampling, StoppingCriteria(count, end_of_text), **settings)
         return results
 
     return run
@@ -195,7 +204,7 @@ def test_settings_out_of_range_are_named(values, message):
 
 def test_requests_of_one_bucket_compile_once(complete):
     def compiled():
-        return [program._cache_size() for program in (engines._prefill, loop.choose_first, loop.decode)]
+        return [program._cache_size() for program in (engines._prefill, start_rows, decode)]
 
     complete(PROMPT, 20, DRAWN)
     before = compiled()
@@ -231,37 +240,34 @@ def test_prompts_of_different_lengths_continue_as_if_alone(engine):
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, END, length).tolist() for length in (3, 40, 1, 17, 33)]
     for sampling in (GREEDY, DRAWN):
-        together = generate(engine, prompts, sampling, Ending(12, END), num_samples=2, seed=3)
-        split = generate(engine, prompts, sampling, Ending(12, END), num_samples=2, seed=3, batch_size=3)
+        together = generate(engine, prompts, sampling, StoppingCriteria(12, END), num_samples=2, seed=3)
+        split = generate(engine, prompts, sampling, StoppingCriteria(12, END), num_samples=2, seed=3, batch_size=3)
         assert [[r.tokens for r in results] for results in split] == [[r.tokens for r in rs] for rs in together]
         if sampling is GREEDY:
             for prompt, results in zip(prompts, together, strict=True):
-                (alone,) = generate(engine, [prompt], sampling, Ending(12, END))[0]
+                (alone,) = generate(engine, [prompt], sampling, StoppingCriteria(12, END))[0]
                 assert results[0].tokens == results[1].tokens == alone.tokens
                 np.testing.assert_allclose(results[0].logprobs, alone.logprobs, atol=1e-4)
 
 
-def test_the_loop_ends_when_every_row_has_ended(monkeypatch, engine, complete):
+def test_the_loop_ends_when_every_row_has_ended(engine, complete):
     tokens = complete(PROMPT, 30, GREEDY)[0].tokens
     end = next(token for token in tokens if tokens.index(token) >= 3)
-    ran, decode = [], loop.decode
-
-    def counted(*arguments):
-        count, state = decode(*arguments)
-        ran.append(int(count))
-        return count, state
-
-    monkeypatch.setattr(loop, 'decode', counted)
-    complete(PROMPT, 30, GREEDY, end_of_text=end, num_samples=2)
-    assert ran == [tokens.index(end)]  # the first token is the prefill's
+    batch = SamplingBatch(engine, 2, len(PROMPT) + 30, GREEDY, StoppingCriteria(30, end))
+    batch.add([Request(PROMPT), Request(PROMPT)])
+    batch.advance(32)
+    assert not batch.unfinished
+    # What has been read: the prompt, and every new token but the last, which ended the text.
+    assert batch._state.cache['lengths'].tolist() == [len(PROMPT) + tokens.index(end)] * 2
 
 
 @pytest.mark.parametrize('rows', [1, 2])
 def test_a_step_writes_to_its_cache_in_place(engine, rows):
-    batch = Batch(engine, [Request(PROMPT)] * rows, GREEDY, Ending(20, END), seed=0)
+    batch = SamplingBatch(engine, rows, len(PROMPT) + 20, GREEDY, StoppingCriteria(20, END))
+    batch.add([Request(PROMPT)] * rows)
     batch.advance(1)
-    rules = (END, 20, batch._chain)
-    program = loop.decode.lower(engine.model, None, engine.params, batch._state, 8, *rules).compile().as_text()
+    arguments = (engine.model, None, engine.params, batch._state, 8, 20, batch._chain)
+    program = decode.lower(*arguments).compile().as_text()
     cache = f'f32[{rows},2,32,16]'
     assert f'{cache}{{3,2,1,0}} dynamic-update-slice(' in program
     assert f'{cache}{{3,2,1,0}} copy(' not in program
@@ -269,11 +275,53 @@ def test_a_step_writes_to_its_cache_in_place(engine, rows):
 
 def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(engine, log_probabilities):
     prompts = [[1, 2, 3] * 42, [5] * 120, [7] * 20, list(range(END)) * 3]
-    ending = Ending(90, END, allow_sliding=True)
-    for prompt, (result,) in zip(prompts, generate(engine, prompts, GREEDY, ending), strict=True):
+    stopping = StoppingCriteria(90, END, allow_sliding=True)
+    for prompt, (result,) in zip(prompts, generate(engine, prompts, GREEDY, stopping), strict=True):
         text, start = list(prompt), 0
         for _ in range(90):
             if len(text) - start > BLOCK:
                 start = len(text) - BLOCK // 2
             text.append(int(log_probabilities(text[start:])[-1].argmax()))
         assert result.tokens == text[len(prompt) :]
+
+
+# Requests that join and leave.
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, DRAWN], ids=['greedy', 'drawn'])
+def test_requests_join_and_leave_a_running_batch_and_their_texts_are_those_made_alone(engine, sampling):
+    rng = np.random.default_rng(6)
+    stopping = StoppingCriteria(12, END)
+    prompts = [rng.integers(0, END, length).tolist() for length in (5, 40, 2, 23, 9)]
+    requests = make_requests(BLOCK, prompts, stopping)
+    alone = [
+        generate(engine, [[]] * index + [prompt], sampling, stopping, seed=3)[-1][0]
+        for index, prompt in enumerate(prompts)
+    ]
+    batch = SamplingBatch(engine, 4, 60, sampling, stopping, seed=3)
+    first, second, third = batch.add(requests[:3])
+    batch.advance(5)
+    (fourth,) = batch.add(requests[3:4])  # into the row that nobody had
+    batch.advance(3)
+    removed = batch.remove(second)
+    (fifth,) = batch.add(requests[4:])  # in its place
+    assert fifth == second
+    finished = {}
+    while batch.unfinished:
+        batch.advance(1)
+        finished |= {row: batch.by_row[row] for row in (first, third, fourth, fifth)}
+    assert 5 <= len(removed.tokens) < 12
+    assert removed.tokens == alone[1].tokens[: len(removed.tokens)]
+    assert removed.finish_reason is None
+    for row, index in ((first, 0), (third, 2), (fourth, 3), (fifth, 4)):
+        assert finished[row].tokens == alone[index].tokens
+        np.testing.assert_allclose(finished[row].logprobs, alone[index].logprobs, atol=1e-4)
+        assert finished[row].finish_reason == 'length'
+
+
+def test_a_batch_takes_no_more_than_it_has_room_for(engine):
+    batch = SamplingBatch(engine, 2, 20, GREEDY, StoppingCriteria(5, END))
+    with pytest.raises(ValueError, match='3 requests for 2 free rows'):
+        batch.add([Request([1])] * 3)
+    with pytest.raises(ValueError, match=r'a prompt of 40 tokens .* exceed the length of the batch'):
+        batch.add([Request([1] * 40)])

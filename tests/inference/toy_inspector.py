@@ -12,7 +12,7 @@ def shares_after(token):
     return shares
 
 
-class ToyMicroscope:
+class ToyInspector:
     """Layers know more and more: the first nothing, the last all."""
 
     n_layer, n_head = LAYERS, HEADS
