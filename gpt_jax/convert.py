@@ -1,11 +1,11 @@
 """Turn a Hugging Face directory into a checkpoint, or a checkpoint into a Hugging Face directory.
 
-    python -m gpt_jax.convert --source=DIR --target=NEW_DIR [--step=N] [--dtype=bf16]
+    python -m gpt_jax.convert --source=DIR --target=NEW_DIR [--step=N] [--dtype=bf16] [--mesh=fsdp:8]
 
 Which way it goes is found from what the source is. A Hugging Face directory of GPT-2 or GPT-Neo (config.json,
 safetensors, tokenizer) becomes one checkpoint folder, which --checkpoint takes. A workdir of gpt_jax.main or a
 checkpoint folder becomes a directory that transformers' AutoModelForCausalLM and AutoTokenizer open. The target appears
-whole or not at all.
+whole or not at all. --mesh is for a model that one device cannot hold; the files are the same.
 """
 
 import pathlib
@@ -19,6 +19,7 @@ SOURCE = flags.DEFINE_string('source', None, 'a Hugging Face directory, a workdi
 TARGET = flags.DEFINE_string('target', None, 'the folder to make: new, or empty')
 STEP = flags.DEFINE_integer('step', None, 'which step of the workdir')
 DTYPE = flags.DEFINE_enum('dtype', None, ['f32', 'bf16', 'fp16'], 'of the Hugging Face tensors (default: f32)')
+cli.define_mesh_flag()
 
 
 def main() -> None:
@@ -32,14 +33,14 @@ def main() -> None:
     if found.huggingface:
         if DTYPE.value is not None:
             raise InputError(f'--dtype={DTYPE.value}: parameters of a checkpoint are always f32; leave it out')
-        checkpoints.import_huggingface(found.folder, TARGET.value)
+        checkpoints.import_huggingface(found.folder, TARGET.value, cli.read_mesh())
         kind, use = 'checkpoint', f'python -m gpt_jax.generate --checkpoint={TARGET.value}'
     else:
-        checkpoints.export_huggingface(SOURCE.value, TARGET.value, STEP.value, DTYPE.value or 'f32')
+        checkpoints.export_huggingface(found, TARGET.value, dtype=DTYPE.value or 'f32', mesh=cli.read_mesh())
         kind, use = 'Hugging Face directory', f"transformers.AutoModelForCausalLM.from_pretrained('{TARGET.value}')"
     size = sum(path.stat().st_size for path in pathlib.Path(TARGET.value).rglob('*') if path.is_file())
     print(f'{SOURCE.value} -> {kind} {TARGET.value}, {size / 1e6:,.1f} MB. Use it: {use}')
 
 
 if __name__ == '__main__':
-    cli.run(main, __doc__, ('source', 'target', 'step', 'dtype'))
+    cli.run(main, __doc__, cli.own_flags())

@@ -1,6 +1,6 @@
 """Perplexity of a text under a trained GPT.
 
-    python -m gpt_jax.evaluate --checkpoint=runs/quickstart --text=book.txt [--stride=64 --batch_size=8]
+    python -m gpt_jax.evaluate --checkpoint=runs/quickstart --text=book.txt [--stride=64 --batch_size=8 --mesh=fsdp:8]
 
 Prints one JSON object: loss (nats a token), perplexity, bits_per_byte, and the tokens, words and bytes that were
 scored: all but the first token, which nothing precedes. Windows of `context` tokens slide over the text by `stride`;
@@ -24,7 +24,8 @@ STEP = flags.DEFINE_integer('step', None, 'which step of the workdir')
 TEXT = flags.DEFINE_string('text', None, 'a UTF-8 text file; -: standard input')
 STRIDE = flags.DEFINE_integer('stride', None, 'tokens from one window to the next (default: half of the context)')
 CONTEXT = flags.DEFINE_integer('context', None, 'tokens that a prediction may see (default: block_size, the most)')
-BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'windows at a time')
+BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'windows at a time; on a mesh rounded up to what it divides')
+cli.define_mesh_flag()
 
 
 def main() -> None:
@@ -37,11 +38,12 @@ def main() -> None:
             raise InputError(f'--{flag.name} is missing; give {way_out}')
     from gpt_jax import checkpoints, evaluation
 
-    checkpoints.resolve(CHECKPOINT.value, STEP.value)  # a wrong name is told of before a text is waited for
+    # A wrong name or mesh is told of before a text is waited for.
+    found, mesh = checkpoints.resolve(CHECKPOINT.value, STEP.value), cli.read_mesh()
     text = _read_text(TEXT.value)
     cli.use_compilation_cache()
-    ready = checkpoints.load_model(CHECKPOINT.value, STEP.value)
-    block_size = ready.model.config.block_size
+    loaded = checkpoints.load_model(found, mesh=mesh)
+    block_size = loaded.model.config.block_size
     context = block_size if CONTEXT.value is None else CONTEXT.value
     if context > block_size:
         raise InputError(f'--context={context} exceeds block_size={block_size}; longer texts need no longer context')
@@ -52,15 +54,15 @@ def main() -> None:
             bar.update(done - bar.n)
 
         numbers = evaluation.text_perplexity(
-            evaluation.model_losses(ready.model, ready.params),
-            ready.tokenizer,
+            evaluation.model_losses(loaded.model, loaded.params, mesh),
+            loaded.tokenizer,
             text,
             context,
             STRIDE.value,
-            BATCH_SIZE.value,
+            evaluation.divisible_batch(BATCH_SIZE.value, mesh),
             report,
         )
-    if ready.tokenizer.kind == 'char' and ready.tokenizer.decode(ready.tokenizer.encode(text)) != text:
+    if loaded.tokenizer.kind == 'char' and loaded.tokenizer.decode(loaded.tokenizer.encode(text)) != text:
         print('warning: characters that the tokenizer does not know were scored as its unknown token', file=sys.stderr)
     print(json.dumps(numbers))
 

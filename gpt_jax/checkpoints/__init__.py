@@ -8,28 +8,45 @@ JSON dict (`meta`: config, tokenizer, data fingerprint, versions) and a sha256 o
         params, optimizer, meta = checkpoints.restore(step, abstract_params, abstract_optimizer)
 
     loaded = load('runs/gpt2_small')                               # everyone else: loaded.params, loaded.meta
-    ready = load_model('runs/gpt2_small')                          # ready.model, ready.params, ready.tokenizer
+    loaded = load_model('runs/gpt2_small', mesh=mesh)              # loaded.model, loaded.params, loaded.tokenizer
 
 A Hugging Face directory of GPT-2 or GPT-Neo is loaded as one, too, and either is made from the other.
 """
 
-from gpt_jax.checkpoints.exchange import export_huggingface, import_huggingface
-from gpt_jax.checkpoints.language_model import LanguageModel, load_model
-from gpt_jax.checkpoints.manager import Checkpoints
-from gpt_jax.checkpoints.resolve import Loaded, Resolved, fingerprint, load, read_meta, resolve
-from gpt_jax.checkpoints.steps import latest_meta
+from gpt_jax.checkpoints.finding import (
+    PretrainedWeights,
+    Resolved,
+    find_weights,
+    fingerprint,
+    latest_meta,
+    read_meta,
+    read_model_config,
+    resolve,
+)
+from gpt_jax.checkpoints.loading import (
+    LanguageModel,
+    Loaded,
+    export_huggingface,
+    import_huggingface,
+    load,
+    load_model,
+)
+from gpt_jax.checkpoints.saving import Checkpoints
 
 __all__ = [
     'Checkpoints',
     'LanguageModel',
     'Loaded',
+    'PretrainedWeights',
     'Resolved',
     'export_huggingface',
+    'find_weights',
     'fingerprint',
     'import_huggingface',
     'latest_meta',
     'load',
     'load_model',
     'read_meta',
+    'read_model_config',
     'resolve',
 ]

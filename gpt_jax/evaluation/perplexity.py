@@ -19,10 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
+from gpt_jax.parallel import activate, batch_sharding, replicated
 
 # A loss above this is a perplexity beyond float64.
 LARGEST_EXPONENT = 700.0
@@ -30,14 +32,37 @@ LARGEST_EXPONENT = 700.0
 TokenLosses = Callable[[np.ndarray, np.ndarray], Any]
 
 
-def model_losses(model: GPT, params: Any) -> TokenLosses:
-    """The function (tokens_BT, targets_BT) -> losses [batch, time] in nats, compiled once for each shape."""
-    return functools.partial(_losses, model, params)
+def model_losses(model: GPT, params: Any, mesh: Mesh | None = None) -> TokenLosses:
+    """The function (tokens_BT, targets_BT) -> losses [batch, time] in nats, compiled once for each shape.
+
+    With a `mesh`, over which `params` are split, the rows of a batch are split over its data axes. Rows that do not
+    divide are filled up with copies of others.
+    """
+    if mesh is None:
+        return lambda tokens_BT, targets_BT: _losses(model, None, params, tokens_BT, targets_BT)
+
+    def place(array_BT: np.ndarray) -> jax.Array:
+        filled_BT = np.resize(array_BT, (divisible_batch(len(array_BT), mesh), array_BT.shape[1]))
+        return jax.make_array_from_callback(filled_BT.shape, batch_sharding(mesh), filled_BT.__getitem__)
+
+    def losses(tokens_BT: np.ndarray, targets_BT: np.ndarray) -> jax.Array:
+        return _losses(model, mesh, params, place(tokens_BT), place(targets_BT))[: len(tokens_BT)]
+
+    return losses
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(model, params, tokens_BT, targets_BT):
-    return model.apply({'params': params}, tokens_BT, targets_BT, method='token_losses')
+def divisible_batch(rows: int, mesh: Mesh | None) -> int:
+    """The least batch of at least `rows` that the data axes of a mesh divide."""
+    devices = 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
+    return -(-rows // devices) * devices
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _losses(model, mesh, params, tokens_BT, targets_BT):
+    with activate(mesh):
+        losses_BT = model.apply({'params': params}, tokens_BT, targets_BT, method='token_losses')
+    # Each process reads the losses of all rows.
+    return losses_BT if mesh is None else jax.lax.with_sharding_constraint(losses_BT, replicated(mesh))
 
 
 def strided_losses(
@@ -52,7 +77,8 @@ def strided_losses(
 
     Args:
       token_losses: (tokens, targets), both int32 [batch, time], time at most `context` -> losses [batch, time], each
-        target predicted from the tokens up to its place. It sees few shapes: a short text is padded to a power of two.
+        target predicted from the tokens up to its position. It sees few shapes: a short text is padded to a power of
+        two.
       tokens: ids of the text, at least two.
       context: predictions of a window, and with them the most tokens that one is made from.
       stride: tokens from the start of a window to that of the next, 1 to `context` (default: half of it, rounded up).
@@ -66,7 +92,9 @@ def strided_losses(
     _check(len(tokens), context, stride, batch_size)
     predictions = len(tokens) - 1
     starts = np.arange(1 + max(0, math.ceil((predictions - context) / stride))) * stride
-    rows, width = min(batch_size, _bucket(len(starts))), min(context, _bucket(predictions))
+    # Powers of two: a program is compiled for each shape, and texts have any length.
+    rows = min(batch_size, 1 << (len(starts) - 1).bit_length())
+    width = min(context, 1 << (predictions - 1).bit_length())
     padded = np.zeros(starts[-1] + width + 1, np.int32)
     padded[: len(tokens)] = tokens
     losses = np.empty(predictions, np.float32)
@@ -82,8 +110,8 @@ def strided_losses(
     for first in range(0, len(starts), rows):
         # Rows beyond the last window repeat it.
         rows_B = starts[np.minimum(np.arange(first, first + rows), len(starts) - 1)]
-        places_BT = rows_B[:, None] + np.arange(width)
-        dispatched = first, token_losses(padded[places_BT], padded[places_BT + 1])
+        positions_BT = rows_B[:, None] + np.arange(width)
+        dispatched = first, token_losses(padded[positions_BT], padded[positions_BT + 1])
         if pending is not None:  # one batch behind, so that the device never waits for the host
             keep(*pending)
         pending = dispatched
@@ -140,11 +168,6 @@ def _check(count: int, context: int, stride: int, batch_size: int) -> None:
         raise InputError(f'stride={stride} must be at least 1 and at most context={context}: tokens would be left out')
     if count < 2:
         raise InputError(f'the text has {count} tokens, and the first is never scored; give a text of at least 2')
-
-
-def _bucket(count: int) -> int:
-    """The least power of two that is not below `count`."""
-    return 1 << (count - 1).bit_length()
 
 
 def _without_first(text: str, first: bytes) -> bytes:

@@ -1,13 +1,15 @@
 import json
 import pathlib
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gpt_jax.checkpoints import load
+from gpt_jax.checkpoints import Checkpoints, load
 from gpt_jax.models import huggingface
+from gpt_jax.parallel import MeshConfig, make_mesh, tree_shardings
 
 
 @pytest.fixture(scope='session')
@@ -28,7 +30,7 @@ def test_help_names_the_flags_and_exits_0(process):
     result = process('convert', '--help')
     assert (result.returncode, result.stderr) == (0, '')
     assert 'python -m gpt_jax.convert --source=' in result.stdout
-    for flag in ('source', 'target', 'step', 'dtype'):
+    for flag in ('source', 'target', 'step', 'dtype', 'mesh'):
         assert f'  --{flag}: ' in result.stdout
 
 
@@ -50,6 +52,26 @@ def test_a_run_becomes_a_directory_with_all_that_transformers_reads(verb, finish
         document = json.loads((target / name).read_text())
         assert document['bos_token_id'] == document['eos_token_id'] == end
     assert load_file(target / 'model.safetensors')['transformer.wte.weight'].shape[0] == end + 1
+
+
+def test_on_a_mesh_the_files_are_the_same_there_and_back(verb, exported, tmp_path):
+    for number, mesh in enumerate(('fsdp:8', 'data:2,fsdp:2,tensor:2')):
+        checkpoint, back = tmp_path / f'checkpoint {number}', tmp_path / f'back {number}'
+        # Saved from eight devices, read by eight and by one.
+        assert verb('convert', f'--source={exported}', f'--target={checkpoint}', f'--mesh={mesh}')[0] == 0
+        for there, flags in ((back, [f'--mesh={mesh}']), (tmp_path / f'one {number}', [])):
+            assert verb('convert', f'--source={checkpoint}', f'--target={there}', *flags)[0] == 0
+            assert files(there) == files(exported)
+
+
+def test_a_checkpoint_that_eight_devices_saved_is_converted_by_one(process, finished_run, exported, tmp_path):
+    loaded = load(finished_run.workdir)
+    shardings = tree_shardings(make_mesh(MeshConfig(data=1, fsdp=8)), loaded.params, loaded.params)
+    with Checkpoints(tmp_path / 'run' / 'checkpoints') as checkpoints:
+        checkpoints.save(6, jax.device_put(loaded.params, shardings), None, loaded.meta)
+    converted = process('convert', f'--source={tmp_path / "run"}', f'--target={tmp_path / "hf"}')
+    assert (converted.returncode, converted.stderr) == (0, '')
+    assert files(tmp_path / 'hf') == files(exported)
 
 
 def test_there_and_back_gives_the_same_files_and_the_same_text(verb, finished_run, exported, tmp_path):

@@ -28,7 +28,7 @@ def text(tmp_path):
 def test_help_names_the_flags_and_exits_0(process):
     result = process('evaluate', '--help')
     assert (result.returncode, result.stderr) == (0, '')
-    for flag in ('checkpoint', 'step', 'text', 'stride', 'context', 'batch_size'):
+    for flag in ('checkpoint', 'step', 'text', 'stride', 'context', 'batch_size', 'mesh'):
         assert f'  --{flag}: ' in result.stdout
 
 
@@ -63,6 +63,35 @@ def test_flags_reach_the_windows(verb, checkpoint, text):
     short = numbers('--context=4')
     assert (short['stride'], short['context']) == (2, 4)
     assert len({most['loss'], short['loss'], numbers()['loss']}) == 3
+
+
+MESHES = ['data:8', 'fsdp:8', 'fsdp:-1,tensor:2', 'data:2,fsdp:2,tensor:2']
+
+
+def test_the_numbers_are_the_same_on_any_mesh(verb, checkpoint, text):
+    one = json.loads(verb('evaluate', checkpoint, text)[1])
+    for mesh in MESHES:
+        numbers = json.loads(verb('evaluate', checkpoint, text, f'--mesh={mesh}', '--batch_size=3')[1])
+        assert numbers == pytest.approx(one, rel=1e-5), mesh
+
+
+@pytest.mark.parametrize(
+    ('mesh', 'message'),
+    [
+        (
+            'fsdp',
+            "--mesh=fsdp: 'fsdp' is not a new axis with its number of devices; write it as --mesh=fsdp:8,tensor:2",
+        ),
+        (
+            'fsdp:3',
+            '--mesh=fsdp:3: mesh.data=1, mesh.fsdp=3, mesh.tensor=1, mesh.context=1 does not divide the 8 devices',
+        ),
+        ('fsdp:4,context:2', '--mesh=fsdp:4,context:2: context splits texts over devices, which is not possible yet'),
+        ('tensor:8', 'mesh.tensor=8 does not divide a dimension of 2 in'),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(refused, checkpoint, text, mesh, message):
+    assert message in refused('evaluate', checkpoint, text, f'--mesh={mesh}')
 
 
 def test_standard_input_is_the_same_as_a_file(process, checkpoint, text):

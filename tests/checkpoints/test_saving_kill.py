@@ -15,7 +15,7 @@ from gpt_jax.checkpoints import Checkpoints, load
 CHILD = """if True:
     import os, shutil, signal, sys, threading
     import jax.numpy as jnp
-    from gpt_jax.checkpoints import Checkpoints, manager, manifest
+    from gpt_jax.checkpoints import Checkpoints, verifying
 
     def kill(*_):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -25,7 +25,7 @@ CHILD = """if True:
     for step in (1, 2):
         params = {'w': jnp.full((64, 64), float(step))}
         if step == 2 and moment == 'before the manifest':
-            manifest.write = kill
+            verifying.write = kill
         if step == 2 and moment == 'within the manifest':
             os.replace = kill
         if step == 2 and moment == 'within the removal of the old step':

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.checkpoints import Checkpoints, load, manifest
+from gpt_jax.checkpoints import Checkpoints, load, verifying
 from gpt_jax.errors import InputError
 
 
@@ -161,7 +161,7 @@ def test_saving_a_step_twice_leaves_the_first(folder, ckpt):
 
 def test_only_real_leftovers_are_cleared_away_and_only_by_a_save(saved, ckpt):
     folder, states = saved
-    (folder / '2' / manifest.NAME).unlink()
+    (folder / '2' / verifying.NAME).unlink()
     (folder / '3.removed').mkdir()
     (folder / '7.orbax-checkpoint-tmp').mkdir()
     (folder / 'notes').mkdir()
@@ -182,7 +182,7 @@ def test_only_real_leftovers_are_cleared_away_and_only_by_a_save(saved, ckpt):
 def test_every_damaged_file_is_refused_by_name_with_the_step_to_go_on_from(saved, ckpt):
     folder, states = saved
     shapes = ckpt.abstract(states[2])
-    files = [path for path in sorted((folder / '2').rglob('*')) if path.is_file() and path.name != manifest.NAME]
+    files = [path for path in sorted((folder / '2').rglob('*')) if path.is_file() and path.name != verifying.NAME]
     assert len(files) > 10
     with Checkpoints(folder) as checkpoints:
         for path in files:
@@ -268,7 +268,7 @@ def test_an_error_in_the_background_comes_out_of_wait_once(folder, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     checkpoints = Checkpoints(folder)
-    monkeypatch.setattr(manifest, 'write', full)
+    monkeypatch.setattr(verifying, 'write', full)
     checkpoints.save(1, {'w': jnp.ones(2)}, None, {})
     with pytest.raises(OSError, match='No space left'):
         checkpoints.wait()
@@ -277,14 +277,14 @@ def test_an_error_in_the_background_comes_out_of_wait_once(folder, monkeypatch):
 
 
 def test_a_new_step_is_finished_before_the_old_one_goes(folder, monkeypatch):
-    write = manifest.write
+    write = verifying.write
 
     def writing(step_folder):
         seen.append(sorted(path.name for path in folder.iterdir()))
         write(step_folder)
 
     seen = []
-    monkeypatch.setattr(manifest, 'write', writing)
+    monkeypatch.setattr(verifying, 'write', writing)
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {'w': jnp.ones(2)}, None, {})
@@ -294,6 +294,6 @@ def test_a_new_step_is_finished_before_the_old_one_goes(folder, monkeypatch):
 
 def test_the_manifest_lists_every_file_that_orbax_wrote(saved):
     folder, _ = saved
-    listed = set(json.loads((folder / '1' / manifest.NAME).read_text())['files'])
+    listed = set(json.loads((folder / '1' / verifying.NAME).read_text())['files'])
     there = {path.relative_to(folder / '1').as_posix() for path in (folder / '1').rglob('*') if path.is_file()}
-    assert there == listed | {manifest.NAME}
+    assert there == listed | {verifying.NAME}

@@ -9,21 +9,27 @@ in between would leave nothing to resume from. So orbax keeps everything, and ol
 """
 
 import concurrent.futures
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from gpt_jax import __version__
-from gpt_jax.checkpoints import manifest, steps, trees
+from gpt_jax.checkpoints import verifying
+from gpt_jax.checkpoints.finding import (
+    describe_save,
+    finished_steps,
+    is_step_name,
+    read_step_meta,
+    val_losses,
+    way_out,
+)
+from gpt_jax.checkpoints.loading import check_tree, leaf_name, read_items
 from gpt_jax.errors import InputError
 
 REMOVED = '.removed'
@@ -59,14 +65,14 @@ class Checkpoints:
         """Start saving `step`; returns once the arrays may be donated, after waiting for the previous save.
 
         `params` and `optimizer` are pytrees of arrays; an optimizer without any (None) is left out. `meta` is a JSON
-        dict; `step`, `val_loss` (None where not finite) and `versions` are added to it. A step that is already saved is
-        left as it is, and False returned. Raises what the previous save failed with, TypeError for a leaf or a meta
-        that cannot be stored, InputError where `folder/STEP` is something else.
+        dict; `format`, `step`, `val_loss` (None where not finite) and `versions` are added to it. A step that is
+        already saved is left as it is, and False returned. Raises what the previous save failed with, TypeError for a
+        leaf or a meta that cannot be stored, InputError where `folder/STEP` is something else.
         """
         self.wait()
         if step in self.steps():
             return False
-        params, optimizer = trees.storable(params), trees.storable(optimizer)
+        params, optimizer = _storable(params), _storable(optimizer)
         meta = {**meta, **describe_save(step, val_loss)}
         json.dumps(meta)  # a meta that is not JSON is refused here, not later in the background
         orbax = self._open()
@@ -91,16 +97,16 @@ class Checkpoints:
             available = ', '.join(map(str, self.steps())) or 'none'
             raise InputError(f'{self.folder} has no checkpoint of step {step}: it has {available}')
         step_folder = self.folder / str(step)
-        _verify_together(step_folder)
-        trees.check(step_folder, 'params', params)
-        trees.check(step_folder, 'optimizer', optimizer)
+        verifying.verify_together(step_folder, way_out=way_out(step_folder))
+        check_tree(step_folder, 'params', params)
+        check_tree(step_folder, 'optimizer', optimizer)
         meta = self.read_meta(step)
-        restored = trees.read(step_folder, params=params, optimizer=optimizer)
+        restored = read_items(step_folder, params=params, optimizer=optimizer)
         return restored['params'], restored['optimizer'], meta
 
     def steps(self) -> list[int]:
         """The finished steps on disk, in ascending order; a save still in flight is not among them."""
-        return steps.finished(self.folder)
+        return finished_steps(self.folder)
 
     def latest_step(self) -> int | None:
         """The highest finished step, or None."""
@@ -108,28 +114,34 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The finished step of the lowest validation loss, the earlier of two equals; None where no step has one."""
-        losses = steps.val_losses(self.folder)
+        losses = val_losses(self.folder)
         return min(losses, key=losses.get, default=None)
 
     def best_loss(self) -> float | None:
         """The lowest validation loss (nats a token, as given to `save`) of the finished steps, or None."""
-        return min(steps.val_losses(self.folder).values(), default=None)
+        return min(val_losses(self.folder).values(), default=None)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON dict of a finished step. Raises InputError where it is missing or damaged."""
-        return steps.read_meta(self.folder / str(step))
+        return read_step_meta(self.folder / str(step))
 
     def wait(self) -> None:
         """Return when every save is on disk with its manifest and old steps are gone; raise what a save failed with."""
         if self._pending is None:
             return
+        problem = None
         try:
             self._pending.result()
+        except Exception as error:
+            problem = error
         finally:
             if self._pending.done():  # not so when Ctrl-C ends the waiting: the save is still in flight then
                 self._pending = None
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices('gpt_jax.checkpoints.wait')  # the manifest is written by process 0
+        # Process 0 writes the manifest and removes old steps, and the others are done before it.
+        verifying.raise_together(
+            problem,
+            lambda process: f'a checkpoint in {self.folder} was not saved: see the message of process {process}',
+        )
 
     def close(self) -> None:
         """Wait, then let go of threads. Raises what the last save failed with."""
@@ -152,13 +164,13 @@ class Checkpoints:
 
     def _finish(self, step: int) -> None:
         self._orbax.wait_until_finished()
+        verifying.write(self.folder / str(step))
         if jax.process_index() == 0:
-            manifest.write(self.folder / str(step))
             for old in self._outdated(step):
                 _remove(self.folder / str(old))
 
     def _outdated(self, saved: int) -> list[int]:
-        finished, losses = self.steps(), steps.val_losses(self.folder)
+        finished, losses = self.steps(), val_losses(self.folder)
         best = sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best]
         keep = {saved, *finished[-self.keep_latest :], *best}
         return [step for step in finished if step not in keep]
@@ -167,15 +179,15 @@ class Checkpoints:
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
-            if path.name.endswith(REMOVED) and steps.is_step_name(path.name.removesuffix(REMOVED)):
+            if path.name.endswith(REMOVED) and is_step_name(path.name.removesuffix(REMOVED)):
                 shutil.rmtree(path)
-            elif steps.is_step_name(path.name) and _interrupted(path):
+            elif is_step_name(path.name) and _interrupted(path):
                 _remove(path)
 
 
 def _interrupted(step_folder: pathlib.Path) -> bool:
     # only what orbax committed: a folder of another making keeps its place, and `save` names it
-    return (step_folder / '_CHECKPOINT_METADATA').exists() and not manifest.exists(step_folder)
+    return (step_folder / '_CHECKPOINT_METADATA').exists() and not verifying.exists(step_folder)
 
 
 def _remove(step_folder: pathlib.Path) -> None:
@@ -184,25 +196,23 @@ def _remove(step_folder: pathlib.Path) -> None:
     shutil.rmtree(removed)
 
 
-def _verify_together(step_folder: pathlib.Path) -> None:
-    # each process hashes its share; all must agree, or those that found nothing would wait forever for the others
-    part = (jax.process_index(), jax.process_count())
-    problem = None
-    try:
-        manifest.verify(step_folder, part=part, way_out=steps.way_out(step_folder))
-    except InputError as error:
-        problem = error
-    if part[1] > 1:
-        damaged = np.flatnonzero(multihost_utils.process_allgather(np.asarray(problem is not None)))
-        if damaged.size and problem is None:
-            problem = InputError(f'{step_folder} is damaged, process {damaged[0]} names the file: see its message')
-    if problem is not None:
-        raise problem
+def _storable(tree: Any) -> Any:
+    """`tree` with its Python numbers as arrays, as `jax.eval_shape` would describe them.
 
+    Raises TypeError, naming the leaf, for what would come back changed: no number, or 64 bits while jax works in 32.
+    """
 
-def describe_save(step: int, val_loss: float | None = None) -> dict[str, Any]:
-    """What every checkpoint's `meta` says of its saving: `step`, `val_loss` (None where not finite), `versions`."""
-    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    versions = {'gpt_jax': __version__, 'python': platform.python_version(), **versions}
-    return {'step': int(step), 'val_loss': steps.finite_or_none(val_loss), 'versions': versions}
+    def leaf(path: tuple, value: Any) -> Any:
+        if isinstance(value, jax.Array):
+            if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+                raise TypeError(f'{leaf_name(path)} is a typed random key and cannot be saved: use jax.random.key_data')
+            return value
+        if type(value) in (bool, int, float):
+            return jnp.asarray(value)
+        array = np.asarray(value)
+        numeric = jnp.issubdtype(array.dtype, np.number) or array.dtype == bool
+        if not numeric or jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            raise TypeError(f'{leaf_name(path)} is {array.dtype} and cannot be saved: make it a jax array')
+        return array
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)

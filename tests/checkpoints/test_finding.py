@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.checkpoints import Checkpoints, load, manifest, resolve
+from gpt_jax.checkpoints import Checkpoints, Resolved, finding, load, loading, resolve, verifying
 from gpt_jax.errors import InputError
 
 
@@ -28,7 +28,7 @@ def run(workdir):
 
 def test_a_workdir_and_its_checkpoints_folder_give_the_best_step(run):
     for path in (run, run / 'checkpoints', str(run), f'{run}/'):
-        assert vars(resolve(path)) == {'folder': run / 'checkpoints' / '2', 'step': 2, 'workdir': run}
+        assert resolve(path) == Resolved(run / 'checkpoints' / '2', 2, run)
 
 
 def test_where_no_step_has_a_loss_the_latest_is_taken(run):
@@ -45,11 +45,11 @@ def test_step_names_another(run):
 
 
 def test_a_step_folder_is_itself_and_may_be_copied_under_any_name(run, tmp_path):
-    assert vars(resolve(run / 'checkpoints' / '3')) == vars(resolve(run, 3))
+    assert resolve(run / 'checkpoints' / '3') == resolve(run, 3) == Resolved(run / 'checkpoints' / '3', 3, run)
     assert resolve(run / 'checkpoints' / '3', step=3).step == 3
     copy = shutil.copytree(run / 'checkpoints' / '3', tmp_path / 'my model')
     shutil.rmtree(run)
-    assert vars(resolve(copy)) == {'folder': copy, 'step': 3, 'workdir': None}
+    assert resolve(copy) == Resolved(copy, 3, None)
     assert load(copy).params['block']['w'].tolist() == [[3] * 4] * 8
 
 
@@ -77,7 +77,7 @@ def test_what_names_no_checkpoint_is_refused_in_one_line(run, tmp_path, path, st
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'file').write_text('x')
     if path.endswith('/2'):
-        (run / 'checkpoints' / '2' / manifest.NAME).unlink()
+        (run / 'checkpoints' / '2' / verifying.NAME).unlink()
     with pytest.raises(InputError, match=message) as error:
         resolve(tmp_path / path, step)
     assert str(tmp_path / path) in str(error.value)
@@ -114,7 +114,7 @@ def test_load_places_the_params_where_sharding_says(run):
 
 def test_load_refuses_damage_by_name(run):
     for path in sorted((run / 'checkpoints' / '2').rglob('*')):
-        if path.is_file() and 'optimizer' not in path.parts and path.name != manifest.NAME:
+        if path.is_file() and 'optimizer' not in path.parts and path.name != verifying.NAME:
             whole = path.read_bytes()
             path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
             with pytest.raises(InputError, match=r'is damaged .* to go on from step 3') as error:
@@ -175,3 +175,101 @@ def test_a_checkpoint_of_eight_devices_loads_on_one_without_a_word(run):
     )
     assert (child.returncode, child.stdout) == (0, '1 True\n'), child.stderr
     assert child.stderr.partition('start\n')[2] == ''
+
+
+# Beside a live training, which removes steps.
+
+
+def remove(step_folder):
+    """As the training removes a step: its name goes at once."""
+    shutil.rmtree(step_folder.rename(step_folder.with_name(f'{step_folder.name}.removed')))
+
+
+def supersede(run):
+    """What the training does when a better step is there: step 9 comes, step 2 goes."""
+    with Checkpoints(run / 'checkpoints', keep_latest=9) as checkpoints:
+        params = {'block': {'w': jnp.full((8, 4), 9, jnp.bfloat16)}, 'b': jnp.arange(3)}
+        checkpoints.save(9, params, None, {'name': 'step 9'}, 1.0)
+    remove(run / 'checkpoints' / '2')
+
+
+def test_a_step_that_goes_between_resolving_and_reading_is_replaced_by_the_one_chosen_now(run):
+    found = resolve(run)
+    supersede(run)
+    loaded = load(found)
+    assert (loaded.step, loaded.meta['name'], loaded.params['block']['w'][0, 0]) == (9, 'step 9', 9)
+    assert loaded.folder == run / 'checkpoints' / '9'
+
+
+@pytest.mark.parametrize('moment', ['stored_shapes', 'read_items'])
+def test_a_step_that_goes_while_it_is_read_is_replaced_too(run, monkeypatch, moment):
+    original = getattr(loading, moment)
+
+    def late(folder, *arguments, **items):
+        if folder.name == '2':
+            supersede(run)
+        return original(folder, *arguments, **items)
+
+    monkeypatch.setattr(loading, moment, late)
+    loaded = load(run)
+    assert (loaded.step, loaded.params['block']['w'][0, 0]) == (9, 9)
+
+
+def test_a_step_that_was_named_is_not_replaced_when_it_goes(run):
+    named = [resolve(run, 2), resolve(run / 'checkpoints' / '2')]
+    supersede(run)
+    for found in named:
+        with pytest.raises(
+            InputError, match=r'/2 was removed while it was read: .*\(checkpoint.keep_latest\)$'
+        ) as error:
+            load(found)
+        assert '\n' not in str(error.value)
+
+
+def test_steps_that_always_go_are_given_up_in_one_line(run, monkeypatch):
+    def gone(folder, *_, **__):
+        remove(folder)
+        with Checkpoints(run / 'checkpoints') as checkpoints:
+            checkpoints.save(int(folder.name) + 10, {'w': jnp.ones(2)}, None, {}, 0.5)
+        raise OSError('no such file')
+
+    monkeypatch.setattr(loading, 'stored_shapes', gone)
+    with pytest.raises(InputError, match='was removed while it was read'):
+        load(run)
+
+
+def test_other_errors_of_reading_come_out_as_they_are(run, monkeypatch):
+    def broken(*_, **__):
+        raise OSError(5, 'Input/output error')
+
+    monkeypatch.setattr(loading, 'read_items', broken)
+    with pytest.raises(OSError, match='Input/output error'):
+        load(run)
+
+
+def test_a_step_that_goes_while_the_best_is_looked_for_does_not_count(run, monkeypatch):
+    read = finding.read_step_meta
+
+    def late(folder):
+        if folder.name == '2' and folder.exists():
+            supersede(run)
+        return read(folder)
+
+    monkeypatch.setattr(finding, 'read_step_meta', late)
+    assert resolve(run).step in (1, 9)  # 9 came after the steps were listed
+    assert resolve(run).step == 9
+
+
+def test_a_list_of_steps_that_is_out_of_date_is_made_anew(run, monkeypatch):
+    exists = verifying.exists
+    for step in (1, 3):
+        remove(run / 'checkpoints' / str(step))
+
+    def late(folder):
+        if folder == run / 'checkpoints' / '2':
+            monkeypatch.setattr(verifying, 'exists', exists)
+            supersede(run)
+        return exists(folder)
+
+    monkeypatch.setattr(verifying, 'exists', late)
+    assert resolve(run).step == 9

@@ -70,7 +70,10 @@ def test_a_model_is_split_over_a_mesh_by_the_rules_of_training(folder, params, t
     checkpoints.import_huggingface(folder, tmp_path / 'checkpoint')
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     for path in (folder, tmp_path / 'checkpoint'):
+        before = {id(array) for array in jax.live_arrays()}
         loaded = checkpoints.load_model(path, mesh=mesh).params
+        # Nothing else is on a device, least of all a whole matrix.
+        assert len({id(array) for array in jax.live_arrays()} - before) == len(jax.tree.leaves(loaded))
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
         assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == tree_shardings(mesh, params, params)
         for name, leaf in (('wte', loaded['wte']), ('up', loaded['blocks']['mlp']['up']['kernel'])):

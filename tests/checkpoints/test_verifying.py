@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gpt_jax.checkpoints import manifest
+from gpt_jax.checkpoints import verifying
 from gpt_jax.errors import InputError
 
 
@@ -14,28 +14,28 @@ def folder(tmp_path):
     (tmp_path / 'a' / 'b' / 'data').write_bytes(bytes(range(256)) * 100)
     (tmp_path / 'a' / 'empty').write_bytes(b'')
     (tmp_path / 'note').write_text('x')
-    manifest.write(tmp_path)
+    verifying.write(tmp_path)
     return tmp_path
 
 
 def test_an_untouched_folder_passes_and_unlisted_files_do_not_matter(folder):
-    manifest.verify(folder)
+    verifying.verify(folder)
     (folder / '.DS_Store').write_text('')
-    manifest.verify(folder)
+    verifying.verify(folder)
 
 
 def test_every_file_is_listed_with_the_hash_that_sha256sum_prints(folder):
-    files = json.loads((folder / manifest.NAME).read_text())['files']
+    files = json.loads((folder / verifying.NAME).read_text())['files']
     assert sorted(files) == ['a/b/data', 'a/empty', 'note']
     assert files['note'] == {'bytes': 1, 'sha256': '2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881'}
 
 
 def test_writing_again_leaves_no_temporary_file_and_does_not_list_itself(folder):
-    (folder / f'{manifest.NAME}.tmp').write_text('left by a killed process')
-    manifest.write(folder)
-    manifest.verify(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ['a', manifest.NAME, 'note']
-    assert len(json.loads((folder / manifest.NAME).read_text())['files']) == 3
+    (folder / f'.{verifying.NAME}.1234abcd.tmp').write_text('left by a killed process')
+    verifying.write(folder)
+    verifying.verify(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ['a', verifying.NAME, 'note']
+    assert len(json.loads((folder / verifying.NAME).read_text())['files']) == 3
 
 
 def flip(path, position):
@@ -57,33 +57,33 @@ def flip(path, position):
 def test_a_changed_file_is_named_with_the_way_out(folder, damage, message):
     damage(folder / 'a' / 'b' / 'data')
     with pytest.raises(InputError, match=message) as error:
-        manifest.verify(folder, way_out='ask Ada')
+        verifying.verify(folder, way_out='ask Ada')
     assert str(folder / 'a' / 'b' / 'data') in str(error.value)
     assert str(error.value).endswith(': ask Ada')
 
 
 def test_any_flipped_byte_of_the_manifest_itself_is_refused(folder):
-    for position in range((folder / manifest.NAME).stat().st_size):
-        flip(folder / manifest.NAME, position)
+    for position in range((folder / verifying.NAME).stat().st_size):
+        flip(folder / verifying.NAME, position)
         with pytest.raises(InputError):
-            manifest.verify(folder)
-        flip(folder / manifest.NAME, position)
-    manifest.verify(folder)
+            verifying.verify(folder)
+        flip(folder / verifying.NAME, position)
+    verifying.verify(folder)
 
 
 def test_a_missing_manifest_means_an_interrupted_save(folder):
-    (folder / manifest.NAME).unlink()
-    assert not manifest.exists(folder)
+    (folder / verifying.NAME).unlink()
+    assert not verifying.exists(folder)
     with pytest.raises(InputError, match='its saving was interrupted'):
-        manifest.verify(folder)
+        verifying.verify(folder)
 
 
 def test_a_choice_of_files_and_shares_check_only_those(folder):
     (folder / 'note').write_text('y')
-    manifest.verify(folder, lambda name: name.startswith('a/'))
+    verifying.verify(folder, lambda name: name.startswith('a/'))
     with pytest.raises(InputError, match='lists too few files'):
-        manifest.verify(folder, lambda name: False)
-    manifest.verify(folder, part=(0, 3))
-    manifest.verify(folder, part=(1, 3))
+        verifying.verify(folder, lambda name: False)
+    verifying.verify(folder, part=(0, 3))
+    verifying.verify(folder, part=(1, 3))
     with pytest.raises(InputError, match='note'):
-        manifest.verify(folder, part=(2, 3))
+        verifying.verify(folder, part=(2, 3))

@@ -1,0 +1,302 @@
+"""Which checkpoints there are, what a user may name as one, and what each says of itself (its record, `meta`).
+
+Reading never writes: it works on a read-only folder, beside a running training, and on a copied step folder alone. That
+training may remove a step at any moment, when newer or better ones take its place. So a name is resolved once, all that
+follows is given the `Resolved`, and `while_there` resolves anew where the step went away before it was read.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gpt_jax import __version__
+from gpt_jax.checkpoints import verifying
+from gpt_jax.data import Tokenizer
+from gpt_jax.data.tokenizer import gpt2
+from gpt_jax.errors import InputError
+from gpt_jax.files import sha256
+from gpt_jax.models import GPTConfig, huggingface
+
+META_FILE = 'meta/metadata'  # where orbax puts the JSON item named `meta`
+META_FORMAT = 1  # raised when an older gpt_jax would misread a record; records without a `format` are of format 1
+NAME_ONE = 'give a workdir, a checkpoints/STEP folder or a Hugging Face directory'
+TRIES = 5
+
+T = TypeVar('T')
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """One checkpoint on disk.
+
+    Attributes:
+      folder: its step folder, or the Hugging Face directory; absolute.
+      step: 0 for a Hugging Face directory.
+      workdir: the workdir around it, where there is one.
+      chosen_from: the folder of which it is the best or the latest step; None where the user named the step itself.
+    """
+
+    folder: pathlib.Path
+    step: int
+    workdir: pathlib.Path | None
+    chosen_from: pathlib.Path | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def huggingface(self) -> bool:
+        """Whether it is a Hugging Face directory."""
+        return not verifying.exists(self.folder) and huggingface.is_directory(self.folder)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PretrainedWeights:
+    """Weights that a run may start from, found and described, but not read yet: `load(weights.found)` reads them.
+
+    Attributes:
+      path: as the user named them.
+      found: where they are.
+      model: their architecture.
+      tokenizer: the one they belong to.
+    """
+
+    path: str
+    found: Resolved
+    model: GPTConfig
+    tokenizer: Tokenizer
+
+
+def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
+    """Find the checkpoint that `path` names.
+
+    That is a workdir, its `checkpoints` folder, a step folder anywhere, or a Hugging Face directory.
+
+    Of several steps, the one of the lowest validation loss is taken, where any has one, else the latest; `step` names
+    another. Raises InputError when the path does not exist, holds no finished checkpoint, or lacks that step.
+    """
+    given, path = path, pathlib.Path(path).expanduser().resolve()
+    if not path.exists():
+        raise InputError(f'checkpoint {given} does not exist: {NAME_ONE}')
+    if verifying.exists(path):
+        own_step = read_step_meta(path)['step']
+        if step not in (None, own_step):
+            raise InputError(f'checkpoint {given} is step {own_step}, not {step}: give its workdir to choose a step')
+        return Resolved(path, own_step, _workdir(path.parent))
+    if huggingface.is_directory(path):
+        if step is not None:
+            raise InputError(f'checkpoint {given} is a Hugging Face directory, which has no steps: leave --step out')
+        return Resolved(path, 0, None)
+    folder = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
+    # Twice: between listing the folder and looking at a step, a training may have put another in its place.
+    steps = finished_steps(folder) or finished_steps(folder)
+    if not steps:
+        raise InputError(f'{given} holds no finished checkpoint: {NAME_ONE}')
+    if step is None:
+        losses = val_losses(folder)
+        step = min(losses, key=losses.get) if losses else steps[-1]
+        return Resolved(folder / str(step), step, _workdir(folder), chosen_from=folder)
+    if step not in steps:
+        raise InputError(f'{given} has no checkpoint of step {step}: it has {", ".join(map(str, steps))}')
+    return Resolved(folder / str(step), step, _workdir(folder))
+
+
+def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
+    """`read(found)`; where the training beside it removed that step meanwhile, of the step that is chosen now.
+
+    Raises what `read` raises, and InputError where the step is gone and the user named that step and no other.
+    """
+    for _ in range(TRIES):
+        try:
+            return read(found)
+        except Exception:
+            # `Checkpoints` renames a step before its files go, so a step is there as a whole or not at all. Several
+            # processes would each choose for themselves: they give up together instead.
+            if found.folder.exists() or jax.process_count() > 1:
+                raise
+        if found.chosen_from is None:
+            break
+        found = resolve(found.chosen_from)
+    raise InputError(
+        f'{found.folder} was removed while it was read: the training there keeps its newest and best steps; '
+        'name another step, or let it keep more (checkpoint.keep_latest)'
+    )
+
+
+def find_weights(path: str | os.PathLike) -> PretrainedWeights:
+    """The weights that `path` names, as `resolve` finds them, with architecture and tokenizer; no array is read.
+
+    In a run of several processes every process makes this call, and all are given the step that process 0 chose.
+    Raises InputError as `resolve` and `read_meta`, and `read_model_config`.
+    """
+    found = resolve(path)
+    if jax.distributed.is_initialized() and found.chosen_from is not None:
+        found = resolve(path, int(multihost_utils.broadcast_one_to_all(np.int32(found.step))))
+
+    def describe(found: Resolved) -> PretrainedWeights:
+        meta = read_meta(found)
+        return PretrainedWeights(
+            str(path), found, read_model_config(meta, found.folder), Tokenizer.from_json(meta['tokenizer'])
+        )
+
+    return while_there(found, describe)
+
+
+def fingerprint(found: Any) -> str:
+    """A hex sha256: of a checkpoint's manifest, which has that of every file, or of a directory's safetensors.
+
+    `found` is a `Resolved`, or the `Loaded` that was read from it.
+    """
+    own = found.folder / verifying.NAME
+    files = [own] if own.is_file() else sorted(found.folder.glob('*.safetensors'))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(bytes.fromhex(sha256(path)))
+    return digest.hexdigest()
+
+
+def finished_steps(folder: pathlib.Path) -> list[int]:
+    """The steps under `folder` that were saved to the end, in ascending order; empty where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if is_step_name(path.name) and verifying.exists(path))
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder's name is a step as `save` writes it: decimal digits without leading zeros."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name
+
+
+def val_losses(folder: pathlib.Path) -> dict[int, float]:
+    """Validation loss of every finished step that has one. Raises InputError as `read_step_meta`."""
+    losses = {}
+    for step in finished_steps(folder):
+        try:
+            loss = read_step_meta(folder / str(step))['val_loss']
+        except (InputError, OSError):
+            if (folder / str(step)).exists():
+                raise
+            continue  # the training removed it since it was listed
+        if loss is not None:
+            losses[step] = loss
+    return losses
+
+
+def latest_meta(folder: pathlib.Path) -> dict[str, Any] | None:
+    """`read_step_meta` of the highest finished step under `folder`; None where there is none."""
+    steps = finished_steps(folder)
+    return read_step_meta(folder / str(steps[-1])) if steps else None
+
+
+def read_meta(found: Resolved) -> dict[str, Any]:
+    """What a checkpoint says of itself: `Loaded.meta`, without its parameters. Raises InputError as `load`."""
+    return describe_huggingface(found.folder) if found.huggingface else read_step_meta(found.folder)
+
+
+def read_step_meta(step_folder: pathlib.Path) -> dict[str, Any]:
+    """The JSON dict saved with a checkpoint, after checking its own sha256.
+
+    Raises InputError, naming the file, when it or the manifest is missing or damaged, or a newer gpt_jax wrote it.
+    """
+    verifying.verify(step_folder, META_FILE.__eq__, way_out=way_out(step_folder))
+    meta = json.loads((step_folder / META_FILE).read_bytes())
+    written = meta.get('format', 1)
+    if not isinstance(written, int) or written > META_FORMAT:
+        raise InputError(f'{step_folder}: format={written!r} of its record is unknown; {_update(meta)}')
+    return meta
+
+
+def read_model_config(meta: dict[str, Any], where: str | os.PathLike = 'the checkpoint') -> GPTConfig:
+    """The architecture in a record that this or an older gpt_jax wrote.
+
+    A key that it lacks did not exist yet: the default of GPTConfig is what the model did without it.
+
+    Args:
+      meta: the record, of which `model` is read, and `versions` for the message.
+      where: names it in errors.
+
+    Raises:
+      InputError: in one line, for a key that only a newer gpt_jax knows, or a description that makes no model.
+    """
+    described = meta.get('model')
+    if not isinstance(described, dict):
+        raise InputError(f'{where} does not describe a model; was it saved by gpt_jax.main? {NAME_ONE}')
+    fields = {field.name: field for field in dataclasses.fields(GPTConfig)}
+    for key, value in described.items():
+        if key not in fields:
+            raise InputError(f'{where}: model.{key}={value!r} is unknown; {_update(meta)}')
+    for name, field in fields.items():
+        if name not in described and field.default is dataclasses.MISSING:
+            raise InputError(f'{where}: model.{name} is missing from its record; {verifying.COPY_AGAIN}')
+    try:
+        return GPTConfig(**described)
+    except InputError as error:
+        raise InputError(f'{where}: {error}') from None
+
+
+def describe_save(step: int, val_loss: float | None = None) -> dict[str, Any]:
+    """What every record says of its saving: `format`, `step`, `val_loss` and `versions`.
+
+    A diverged run's NaN or infinite loss becomes None: it can never be the best, and is not JSON.
+    """
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {
+        'format': META_FORMAT,
+        'step': int(step),
+        'val_loss': None if val_loss is None or not math.isfinite(val_loss) else float(val_loss),
+        'versions': {'gpt_jax': __version__, 'python': platform.python_version(), **versions},
+    }
+
+
+def describe_huggingface(folder: pathlib.Path) -> dict[str, Any]:
+    """A Hugging Face directory's `model`, `tokenizer` and `tokenizer_fingerprint`, as a checkpoint's record has them.
+
+    Raises InputError, naming the file, where config.json cannot be used, or there is no tokenizer for its vocabulary.
+    """
+    config = huggingface.read_config(folder)
+
+    def has(*names: str) -> bool:
+        return any((folder / name).is_file() for name in names)
+
+    if not has('tokenizer.json') and not (has('vocab.json', 'encoder.json') and has('merges.txt', 'vocab.bpe')):
+        raise InputError(
+            f'{folder} has no tokenizer; put tokenizer.json there, or vocab.json with merges.txt, from where the '
+            'weights came'
+        )
+    tokenizer = gpt2(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f'{folder}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size={config.vocab_size} in '
+            "config.json has no room for them; put the model's own tokenizer there"
+        )
+    return {
+        'model': dataclasses.asdict(config),
+        'tokenizer': tokenizer.to_json(),
+        'tokenizer_fingerprint': tokenizer.fingerprint,
+    }
+
+
+def way_out(step_folder: pathlib.Path) -> str:
+    """What a user can do about a damaged checkpoint, given what else lies beside it."""
+    others = [step for step in finished_steps(step_folder.parent) if str(step) != step_folder.name]
+    if is_step_name(step_folder.name) and others:
+        return f'remove the folder {step_folder} to go on from step {others[-1]}'
+    return f'{verifying.COPY_AGAIN}, or remove the folder {step_folder} to start anew'
+
+
+def _update(meta: dict[str, Any]) -> str:
+    writer = meta.get('versions', {}).get('gpt_jax', 'of an unknown version')
+    return f'it was written by gpt_jax {writer}, this is {__version__}: update gpt_jax'
+
+
+def _workdir(folder: pathlib.Path) -> pathlib.Path | None:
+    return folder.parent if folder.name == 'checkpoints' else None
