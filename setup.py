@@ -19,6 +19,7 @@ setup(
     packages=find_packages(include=['gpt_jax', 'gpt_jax.*']),
     install_requires=[
         'absl-py>=2.1',
+        'datasets>=4.6',
         'filelock>=3.13',
         'flax>=0.12',
         'grain>=0.2.12',
@@ -45,7 +46,6 @@ setup(
         'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
         'parity': ['torch>=2.6', 'transformers>=5.0'],
         'test': [
-            'datasets>=4.0',
             'hypothesis>=6.100',
             'ipykernel>=6.29',
             'nbclient>=0.10',

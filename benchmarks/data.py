@@ -24,9 +24,8 @@ import numpy as np
 
 from gpt_jax.data import Batches, Tokenizer, Tokens, python_docs, read_header, write_shard
 from gpt_jax.data.corpus import Passage
-from gpt_jax.data.encoding import token_chunks
 from gpt_jax.data.mixture import Source
-from gpt_jax.data.tokenizer import train_bpe
+from gpt_jax.data.tokenizer import token_chunks, train_bpe
 
 TOKENISING_LEVEL, BATCH_LEVEL_MS, SHARDS_LEVEL = 0.9, 0.5, 1.0
 SHARDS, STEPS = 1000, 60

@@ -7,3 +7,8 @@ print that line and exit with status 1 (see `gpt_jax.cli`). Anything else that e
 
 class InputError(ValueError):
     """What the user gave cannot be used; `str(error)` is one line that says what, and what to do instead."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -25,7 +25,7 @@ INSPECT = flags.DEFINE_string('inspect', None, 'folder of prepared data to look 
 def main() -> int:
     """Prepares or inspects, and returns the exit status."""
     if INSPECT.value is not None:
-        from gpt_jax.data.inspection import inspect
+        from gpt_jax.data.shards import inspect
 
         for line in inspect(INSPECT.value):
             print(line)
@@ -40,10 +40,10 @@ def main() -> int:
     if NUM_WORKERS.value is not None:
         settings['num_workers'] = NUM_WORKERS.value
     piece = _piece(PIECE.value)
-    from gpt_jax.data import DataConfig, prepare_sources_piece
+    from gpt_jax.data import DataConfig, prepare
 
     given = {key: value for key, value in settings.items() if value is not None}
-    data = prepare_sources_piece(DataConfig(**given), piece, tokenizer)
+    data = prepare(DataConfig(**given), tokenizer, piece=piece)
     for source in data.prepared.values() if data is not None else ():
         print(f'done: {source.folder}')
     return 0

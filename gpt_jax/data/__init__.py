@@ -8,9 +8,8 @@ from gpt_jax.config import DataConfig
 from gpt_jax.data.corpus import Corpus
 from gpt_jax.data.documents import document_places
 from gpt_jax.data.loader import Batches, prefetch, validation_batches
-from gpt_jax.data.pipeline import Prepared, prepare, prepare_piece
+from gpt_jax.data.pipeline import Prepared, TrainingData, load_corpus, prepare
 from gpt_jax.data.shards import ShardInfo, Tokens, read_header, write_shard
-from gpt_jax.data.sources import TrainingData, prepare_sources, prepare_sources_piece
 from gpt_jax.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -23,11 +22,9 @@ __all__ = [
     'Tokens',
     'TrainingData',
     'document_places',
+    'load_corpus',
     'prefetch',
     'prepare',
-    'prepare_piece',
-    'prepare_sources',
-    'prepare_sources_piece',
     'read_header',
     'validation_batches',
     'write_shard',

@@ -19,7 +19,7 @@ class Passage(NamedTuple):
 
     Attributes:
       split: 'train' or 'validation'.
-      text: cut so that its ids are the document's; see `encoding.safe_end`.
+      text: cut so that its ids are the document's; see `tokenizer.safe_end`.
       ends_document: whether the document is complete with it.
     """
 

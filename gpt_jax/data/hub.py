@@ -1,35 +1,36 @@
-"""Corpora on the Hugging Face hub: parquet files of a dataset, at one commit.
+"""Corpora on the Hugging Face hub, at one commit, in every format that `datasets` reads: parquet, JSON, CSV, text, ...
 
-They are downloaded into the hub's cache, or read over the network (`data.streaming`), a share of the row groups at a
-time. `datasets.load_dataset` would keep a second copy of all text, as Arrow, and cannot divide a file over workers.
+`datasets` finds out which files are which split, and reads them. It always streams here: from the hub
+(`data.streaming`), or from the files that `huggingface_hub` has downloaded into its cache. Without streaming it would
+write all text a second time, as Arrow files.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
-from gpt_jax.data import layout
 from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, split_of
-from gpt_jax.data.rows import parquet_rows
-from gpt_jax.data.wikitext import articles
-from gpt_jax.errors import InputError
+from gpt_jax.errors import InputError, first_line
 
 ANSWER_SECONDS = 4.0
 FRACTION = 0.005  # of the documents, where a dataset has no validation split of its own
-CONVERTED = 'refs/convert/parquet'  # where the hub keeps its own conversion of datasets in other formats
+BATCH_ROWS = 64  # read at a time: a row is a document, which may be long
+CONVERTED = 'refs/convert/parquet'  # the hub's own conversion: CONFIG/SPLIT/0000.parquet, without a card
 ADDRESS = re.compile(r'hub:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<config>[^:@]+))?')
+# What datasets call our splits; of their others ('test') nothing is read.
+SPLIT_NAMES = {'train': ('train',), 'validation': ('validation', 'valid', 'val', 'dev')}
+SPLIT_WORDS = {*SPLIT_NAMES['train'], *SPLIT_NAMES['validation'], 'test', 'testing', 'eval'}  # in the names of folders
 
 
 @dataclasses.dataclass(frozen=True)
 class HubCorpus(Corpus):
-    """A dataset of the hub. A part is share `start` of `stop` of a file; where documents are restored, a whole split.
+    """A dataset of the hub. A part is share `start` of `stop` of a file; where articles are restored, a whole split.
 
     Attributes:
       name: as the user wrote it, for folders and messages.
@@ -43,6 +44,8 @@ class HubCorpus(Corpus):
       streaming: whether files are read over the network.
       commit: what the revision stands for; '' until `resolve`.
       files: (split, path, bytes) of the files at that commit.
+      format: the `datasets` loader of the files, such as 'parquet', 'json' or 'csv'.
+      options: that the dataset's card sets for this loader, such as `sep` of 'csv'.
     """
 
     name: str
@@ -56,6 +59,8 @@ class HubCorpus(Corpus):
     streaming: bool = False
     commit: str = ''
     files: tuple[tuple[str, str, int], ...] = ()
+    format: str = 'parquet'
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -77,23 +82,25 @@ class HubCorpus(Corpus):
     def resolve(self, recorded: Mapping[str, Any] | None = None) -> 'HubCorpus':
         """Asks the hub for the commit and its files, or takes those that `source` recorded.
 
-        Raises InputError within seconds where the hub does not answer, and where it has no such dataset in parquet.
+        Raises InputError within seconds where the hub does not answer, and where it has no such dataset to train on.
         """
         if recorded is not None:
             files = tuple((split, path, size) for split, path, size in recorded['files'])
-            return dataclasses.replace(self, commit=recorded['commit'], files=files)
-        commit, sizes, found = self._ask(self.revision)
-        if not found.get('train') and self.revision is None:
-            commit, sizes, found = self._ask(CONVERTED)
-            if any('/partial-' in path for path in found.get('train', ())):
+            # Records without these two keys are older: only parquet was read then.
+            settings = {'format': recorded.get('format', 'parquet'), 'options': recorded.get('options') or {}}
+            return dataclasses.replace(self, commit=recorded['commit'], files=files, **settings)
+        found = self._ask(self.revision)
+        if found is None and self.revision is None:
+            # A loading script, or a format that `datasets` does not know.
+            found = self._ask(CONVERTED)
+            if found is not None and any('/partial-' in path for _, path, _ in found.files):
                 raise InputError(
-                    f'data.corpus={self.name}: {self.repo} is not in parquet, and the hub has converted its first 5 GB '
-                    f'alone; to train on these, name hub:{self.repo}@{CONVERTED}'
+                    f'data.corpus={self.name}: `datasets` cannot read {self.repo}, and the hub has converted its first '
+                    f'5 GB alone; to train on these, name hub:{self.repo}@{CONVERTED}'
                 )
-        if not found.get('train'):
-            raise InputError(f'data.corpus={self.name}: {self._where} has no parquet files to train on')
-        files = tuple((split, path, sizes[path]) for split in SPLITS for path in found.get(split, ()))
-        return dataclasses.replace(self, commit=commit, files=files)
+        if found is None or not any(split == 'train' for split, _, _ in found.files):
+            raise InputError(f'data.corpus={self.name}: {self._where} has no files to train on; name another dataset')
+        return found
 
     def source(self) -> dict[str, Any]:
         """Dataset, commit and files."""
@@ -102,6 +109,8 @@ class HubCorpus(Corpus):
             'revision': self.revision,
             'commit': self.commit,
             'config': self.config,
+            'format': self.format,
+            'options': dict(self.options) or None,
             'files': [list(file) for file in self.files],
         }
 
@@ -110,10 +119,10 @@ class HubCorpus(Corpus):
         return Decoder(self.replaces)
 
     def parts(self) -> Sequence[Part]:
-        """Shares of the files, by their size."""
+        """Shares of parquet files, by their size; other files whole: `datasets` reads them from the start alone."""
         parts = []
         for split, path, size in self._read_files:
-            shares = -(-size // corpora.PART_BYTES) or 1
+            shares = (-(-size // corpora.PART_BYTES) or 1) if self.format == 'parquet' else 1
             split = split if self._own_validation else ''
             parts += [Part(path, share, shares, split, size=size // shares) for share in range(shares)]
         if not self.restores:
@@ -126,7 +135,8 @@ class HubCorpus(Corpus):
         """Downloads the part's files into the hub's cache, unless they are there or are streamed."""
         if not self.streaming:
             for path in self._paths(part):
-                self._cached(path)
+                with self._asking():
+                    self._location(path)
 
     def read(self, part: Part, decoder: Decoder) -> Iterator[Passage]:
         """The passages of a part."""
@@ -161,53 +171,141 @@ class HubCorpus(Corpus):
             return [part.file]
         return [path for split, path, _ in self._read_files if part.split in ('', split)]
 
-    def _ask(self, revision: str | None) -> tuple[str, dict[str, int], dict[str, list[str]]]:
-        """Commit, file -> bytes, and split -> files of a revision."""
+    def _ask(self, revision: str | None) -> 'HubCorpus | None':
+        """The corpus at a revision; None where `datasets` finds no files there that it can read."""
         with self._asking():
             import huggingface_hub
 
+            # Asked before `datasets` is, which would try a silent hub again and again for half a minute.
             info = huggingface_hub.HfApi().dataset_info(
                 self.repo, revision=revision, files_metadata=True, timeout=ANSWER_SECONDS
             )
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        card = info.card_data.to_dict() if info.card_data else {}
-        found = layout.splits(list(sizes), card.get('configs') or (), self.config, f'data.corpus={self.name}')
-        return info.sha, sizes, found
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            if f'{self.repo.split("/")[1]}.py' in sizes:
+                return None  # a loading script, which `datasets` has refused since its version 4
+            card = info.card_data.to_dict() if info.card_data else {}
+            builder = self._builder(info.sha, card.get('configs') or ())
+        if builder is None:
+            return None
+        files = []
+        for split in SPLITS:
+            paths = _paths_of(builder.config, SPLIT_NAMES[split])
+            files += [(split, path, sizes[path]) for path in paths]
+        return dataclasses.replace(
+            self,
+            commit=info.sha,
+            files=tuple(files),
+            format=type(builder).__module__.rpartition('.')[2],
+            options=_options(builder.config),
+        )
 
-    def _cached(self, path: str) -> pathlib.Path:
-        with self._asking():
-            import huggingface_hub
+    def _builder(self, commit: str, listed: Sequence[Mapping[str, Any]]) -> Any:
+        """The `datasets.DatasetBuilder` of the config; None where there is nothing that it can read.
 
-            found = huggingface_hub.hf_hub_download(self.repo, path, repo_type='dataset', revision=self.commit)
-        return pathlib.Path(found)
+        Args:
+          commit: of the dataset.
+          listed: the entry `configs` of its card, which may be empty.
+
+        Raises InputError where the config is unknown, or there are several and none is asked for.
+        """
+        datasets = _datasets()
+        try:
+            if listed:
+                default = any(entry.get('default') for entry in listed)
+                self._check_config([str(entry.get('config_name', 'default')) for entry in listed], default)
+                return datasets.load_dataset_builder(self.repo, self.config, revision=commit)
+            # Where no card lists them, configs are folders, which `datasets` alone would mix.
+            builder = datasets.load_dataset_builder(self.repo, revision=commit)
+            paths = _paths_of(builder.config, builder.config.data_files)
+            folders = sorted({path.split('/')[0] for path in paths if '/' in path})
+            words = {word for folder in folders for word in re.findall('[a-z]+', folder.lower())}
+            if self.config is None and words & SPLIT_WORDS:
+                return builder
+            self._check_config(folders)
+            folder = self.config or ('default' if 'default' in folders else None)
+            return datasets.load_dataset_builder(self.repo, data_dir=folder, revision=commit) if folder else builder
+        except (datasets.exceptions.DataFilesNotFoundError, datasets.data_files.EmptyDatasetError):
+            return None
+
+    def _check_config(self, names: Sequence[str], default: bool = False) -> None:
+        """Raises InputError where none of the configs is the one that is asked for, the only one or the default."""
+        if self.config in names or (self.config is None and (default or len(names) <= 1 or 'default' in names)):
+            return
+        what = f'no config {self.config!r}' if self.config else 'several configs'
+        shown = ', '.join(names[:20]) + (', ...' if len(names) > 20 else '')
+        raise InputError(
+            f'data.corpus={self.name} has {what}; name one as hub:REPO[@REVISION]:CONFIG: {shown or "there is none"}'
+        )
+
+    def _location(self, path: str) -> str:
+        """Where `datasets` finds a file: on the hub, or in the hub's cache, after a download where it is not there."""
+        if self.streaming:
+            return f'hf://datasets/{self.repo}@{self.commit}/{path}'
+        import huggingface_hub
+
+        return huggingface_hub.hf_hub_download(self.repo, path, repo_type='dataset', revision=self.commit)
+
+    def _stream(self, path: str, **options: Any) -> Any:
+        """The `datasets.IterableDataset` of one file."""
+        files = {'train': [self._location(path)]}
+        return _datasets().load_dataset(
+            self.format, data_files=files, split='train', streaming=True, **self.options, **options
+        )
 
     def _rows(self, path: str, share: tuple[int, int], decoder: Decoder) -> Iterator[str]:
-        where = f'{self._where}/{path}'
-        if not self.streaming:
-            # The row of a blank line is empty, and ends an article's heading.
-            yield from parquet_rows(self._cached(path), where, self.column, share, decoder, blank=self.restores)
-            return
-        with self._asking():
-            import huggingface_hub
+        """The texts of a share (i of n, from 0) of a file, '' where a row has none."""
+        import pyarrow
 
-            with huggingface_hub.HfFileSystem().open(f'datasets/{self.repo}@{self.commit}/{path}', 'rb') as file:
-                yield from parquet_rows(file, where, self.column, share, decoder, blank=self.restores)
+        where = f'{self._where}/{path}'
+        with self._asking():
+            for table in self._tables(path, share):
+                if self.column not in table.column_names:
+                    raise self._no_column(where, table.column_names)
+                type_ = table.schema.field(self.column).type
+                if pyarrow.types.is_null(type_):
+                    type_ = pyarrow.string()  # as JSON's reader has it where all of a stretch is null
+                if not (pyarrow.types.is_string(type_) or pyarrow.types.is_large_string(type_)):
+                    raise InputError(
+                        f'data.column={self.column}: of type {type_} in {where}, not text; name another column'
+                    )
+                # As bytes: pyarrow takes the writer's word that they are UTF-8.
+                for data in table.column(self.column).cast(type_).cast(pyarrow.large_binary()).to_pylist():
+                    yield decoder.text(data or b'', f'a row of {where}')
+
+    def _tables(self, path: str, share: tuple[int, int]) -> Iterator[Any]:
+        # Other columns of parquet are not read at all.
+        only = {'columns': [self.column], 'batch_size': BATCH_ROWS} if self.format == 'parquet' else {}
+        stream = self._stream(path, **only)
+        if only and self.column not in stream.features:
+            raise self._no_column(f'{self._where}/{path}', list(self._stream(path).features))
+        streams = [stream]
+        if share != (0, 1):
+            row_groups = stream.reshard()
+            count, (number, shares) = row_groups.num_shards, share
+            chosen = range(number * count // shares, (number + 1) * count // shares)
+            # One by one: `shard(shares, number)` would divide them otherwise than the parts of data prepared earlier.
+            streams = (row_groups.shard(count, group) for group in chosen)
+        for each in streams:
+            yield from each.with_format('arrow').iter(BATCH_ROWS)
+
+    def _no_column(self, where: str, names: Sequence[str]) -> InputError:
+        return InputError(f'data.column={self.column}: {where} has no such column, only {", ".join(names)}')
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
-        """Turns whatever the hub's client raises into one line."""
+        """Turns whatever `datasets` and the hub's client raise into one line."""
         try:
             yield
         except InputError:
             raise
         except Exception as error:
-            # Everything that can go wrong here is the source's: the client raises errors of httpx, of requests, of its
-            # own and of the system, by version, without a common base.
-            reason = next(iter(str(error).splitlines()), '')
+            # Everything that can go wrong here is the source's: the libraries raise errors of httpx, of requests, of
+            # pyarrow, of their own and of the system, by version, without a common base.
             raise InputError(
-                f'data.corpus={self.name}: cannot read {self._where} ({type(error).__name__}: {reason}); connect to '
-                'the hub, see that HF_HUB_OFFLINE is not set, or use files that are here: --config.data.path='
-                "'DIR/*.parquet'; data that were prepared before need no hub: --config.data.cache_dir=DIR"
+                f'data.corpus={self.name}: cannot read {self._where} ({type(error).__name__}: {first_line(error)}); '
+                'connect to the hub, see that HF_HUB_OFFLINE is not set, or use files that are here: '
+                "--config.data.path='DIR/*.parquet'; data that were prepared before need no hub: "
+                '--config.data.cache_dir=DIR'
             ) from error
 
 
@@ -224,7 +322,7 @@ NAMED = {
 }
 
 
-def load(config: DataConfig) -> HubCorpus:
+def load_hub(config: DataConfig) -> HubCorpus:
     """The dataset that `data.corpus` names; nothing is asked of the hub yet. Raises InputError on a bad address."""
     address, settings = NAMED.get(config.corpus, (config.corpus, {}))
     match = ADDRESS.fullmatch(address)
@@ -242,5 +340,64 @@ def load(config: DataConfig) -> HubCorpus:
     )
 
 
+def _datasets() -> Any:
+    """The library, without the lines that it prints: what goes wrong is said in one line of ours."""
+    import datasets  # two seconds, and data that were prepared before do without it
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
+def _paths_of(config: Any, splits: Iterable[str]) -> list[str]:
+    """The files that a `datasets.BuilderConfig` has for some splits, by their path in the dataset."""
+    urls = {str(url) for split in splits for url in config.data_files.get(split, ())}
+    return sorted(url.partition('@')[2].partition('/')[2] for url in urls)  # hf://datasets/OWNER/NAME@COMMIT/PATH
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """What the card of a dataset sets for its loader, beside the files."""
+    named = {field.name for field in dataclasses.fields(_datasets().BuilderConfig)} | {'features'}
+    defaults = type(config)()
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        name: value for name, value in values.items() if name not in named and value != getattr(defaults, name, None)
+    }
+
+
 def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+_TITLE = re.compile(r' = [^=\s](.*[^=\s])? = \n?')
+BLANK = ' \n'  # a blank line, as WikiText's raw file has it
+
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
+    """WikiText's articles, each with its title, as the raw file has them.
+
+    The dataset has a row a line: ` = Title = ` opens an article, ` = = Section = = ` a section of it, and what is a
+    blank line in the raw file is an empty row (Merity et al., "Pointer Sentinel Mixture Models", section 4). A title
+    has a blank line before and after it: a line of an article may look like one.
+    """
+    lines: list[str] = []
+    held: str | None = None  # a line that is a title if a blank one follows
+    blank = True
+    for row in rows:
+        line = row if row.strip() else BLANK
+        if held is not None:
+            if line == BLANK:
+                if any(before != BLANK for before in lines):
+                    yield ''.join(lines)
+                lines = []
+            lines.append(held)
+            held = None
+        if blank and _TITLE.fullmatch(line):
+            held = line
+        else:
+            lines.append(line)
+        blank = line == BLANK
+    if held is not None:
+        lines.append(held)
+    if any(before != BLANK for before in lines):
+        yield ''.join(lines)

@@ -3,39 +3,53 @@
 Plain text is one document a file ('file'), one a block between blank lines ('block'), or all of it one running text
 whose last tenth is held out ('whole'). In all but the last, documents are held out by the hash of their text. A running
 text has none to hash, so a passage that stands in it twice may be in both splits.
+
+JSON lines and parquet are read with json and pyarrow. `datasets`, which reads those of the hub, cannot start in the
+middle of a file of JSON lines, so that a large one would keep one process busy and the others waiting, and it does not
+say in which line an error is.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
+import io
 import json
 import mmap
+import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
-from gpt_jax.data import digests
 from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, split_of
-from gpt_jax.data.encoding import safe_end
-from gpt_jax.data.rows import compressed, json_rows, parquet_rows
-from gpt_jax.errors import InputError
+from gpt_jax.data.tokenizer import safe_end
+from gpt_jax.errors import InputError, first_line
+from gpt_jax.files import replacing, sha256
 
 TEXT_FRACTION = 0.1  # of the characters of a running text
 DOCUMENTS_FRACTION = 0.05
 BLOCK_BYTES = 2**22
 ENDLESS = 2**62  # where a compressed file ends is not known before it was read
+BATCH_ROWS = 64
+COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
+LINE_BYTES = 2**28  # a longer line of JSON is no document
+SUMS = 'files.json'  # in the cache folder: path -> [size, time of change, sha256]
+LARGE = 64 * 2**20  # bytes; smaller files are read each time
+# A file changed so shortly ago may change again without a later time of change, and is not remembered.
+SETTLED_NS = 2 * 10**9
 KINDS = {'.jsonl': 'json', '.parquet': 'parquet'}
 BLANK_LINES = r'\n(?:[ \t\r]*\n)+'
 # A part may end after such bytes.
 BOUNDARIES = {
     'json': re.compile(rb'\n'),
     'block': re.compile(BLANK_LINES.encode()),
-    # A cut as `encoding.pieces` makes it, for certain: no space of Unicode ends in these bytes.
+    # A cut as `tokenizer.pieces` makes it, for certain: no space of Unicode ends in these bytes.
     'whole': re.compile(rb'[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?=[ \t\r\n])'),
 }
 
@@ -113,7 +127,7 @@ class LocalCorpus(Corpus):
         if self.kind == 'json':
             texts = json_rows(path, self.column, part.start, part.stop, decoder)
         elif self.kind == 'parquet':
-            texts = parquet_rows(path, part.file, self.column, (part.start, part.stop), decoder)
+            texts = parquet_rows(path, self.column, (part.start, part.stop), decoder)
         elif self.kind == 'block':
             texts = _parted(_texts(path, part.start, part.stop, decoder))
         else:
@@ -124,7 +138,7 @@ class LocalCorpus(Corpus):
 
     @functools.cached_property
     def _files(self) -> list[dict[str, Any]]:
-        files = digests.describe(self.paths, self.cache)
+        files = describe_files(self.paths, self.cache)
         if not any(file['bytes'] for file in files):
             raise InputError(f'data.path={self.paths[0]}: the file is empty; name one with text in it')
         return files
@@ -185,7 +199,7 @@ class LocalCorpus(Corpus):
                 start = end
 
 
-def load(config: DataConfig) -> LocalCorpus:
+def load_local(config: DataConfig) -> LocalCorpus:
     """The files that `data.path` names. Raises InputError where there are none, or of several kinds."""
     paths = _find(config.path)
     kinds = {_kind(path, config.documents) for path in paths}
@@ -291,3 +305,141 @@ def _joined(held: list[str], end: str) -> str:
     block = ''.join(held)
     held.clear()
     return block.strip('\r\n')
+
+
+def parquet_rows(path: pathlib.Path, column: str, share: tuple[int, int], decoder: Decoder) -> Iterator[str]:
+    """The texts of a share of a parquet file's row groups; rows without text are left out.
+
+    Args:
+      path: the file.
+      column: that holds the text.
+      share: (i, n): the i-th of n shares, from 0.
+      decoder: decides on invalid UTF-8.
+
+    Raises InputError where it is no parquet file, or has no such column of text.
+    """
+    import pyarrow  # a quarter of a second, and not all corpora need it
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise InputError(
+                    f'data.column={column}: {path} has no such column, only {", ".join(file.schema_arrow.names)}'
+                )
+            type_ = file.schema_arrow.field(column).type
+            if not (pyarrow.types.is_string(type_) or pyarrow.types.is_large_string(type_)):
+                raise InputError(f'data.column={column}: of type {type_} in {path}, not text; name another column')
+            number, shares = share
+            count = file.num_row_groups
+            groups = list(range(number * count // shares, (number + 1) * count // shares))
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column]) if groups else ():
+                # As bytes: pyarrow takes the writer's word that they are UTF-8.
+                for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    if data:
+                        yield decoder.text(data, f'a row of {path}')
+    except pyarrow.ArrowException as error:
+        raise InputError(f'{path}: not a parquet file, or damaged ({first_line(error)}); replace it') from None
+
+
+def json_rows(path: pathlib.Path, column: str, start: int, stop: int, decoder: Decoder) -> Iterator[str]:
+    """The texts of the JSON objects on the lines that begin in the bytes [start, stop) of a file.
+
+    A file named .gz or .zst is uncompressed on the way; `stop` is then of the uncompressed bytes. Lines that have no
+    text are left out.
+
+    Raises InputError, naming file and line, where a line is no JSON object or has no text in `column`.
+    """
+    position, number = start, 0
+    with _opened(path, start) as file:
+        while position < stop and (line := file.readline(LINE_BYTES)):
+            position += len(line)
+            number += 1
+            where = f'{path}, line {number}' + (f' after byte {start}' if start else '')
+            if len(line) == LINE_BYTES:
+                raise InputError(f'{where}: longer than {LINE_BYTES} bytes; split it up')
+            if line.strip() and (text := _text_of(line, where, column, decoder)):
+                yield decoder.characters(text, where)
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path, start: int) -> Iterator[BinaryIO]:
+    if not compressed(path):
+        with open(path, 'rb') as file:
+            file.seek(start)
+            yield file
+        return
+    import pyarrow
+
+    try:
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix])) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f'{path}: not a {path.suffix} file, or damaged ({first_line(error)}); replace it') from None
+
+
+def compressed(path: pathlib.Path) -> bool:
+    """Whether a file must be uncompressed from its beginning."""
+    return path.suffix in COMPRESSIONS
+
+
+def _text_of(line: bytes, where: str, column: str, decoder: Decoder) -> str:
+    try:
+        row: Any = json.loads(decoder.text(line, where))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f'{where}: not JSON ({first_line(error)}); correct or remove it') from None
+    text = row.get(column, '') if isinstance(row, dict) else None
+    if not isinstance(row, dict) or column not in row:
+        raise InputError(f'{where}: no JSON object with the key {column!r}; name it with --config.data.column')
+    if text is not None and not isinstance(text, str):
+        raise InputError(f'{where}: {column!r} is not text; name another key with --config.data.column')
+    return text or ''
+
+
+def describe_files(paths: Iterable[pathlib.Path], cache: pathlib.Path) -> list[dict[str, Any]]:
+    """`path`, `bytes` and `sha256` of each file; of large ones the sum is remembered, so that a run starts at once.
+
+    Args:
+      paths: the files. Those of LARGE bytes are read only where they are new, or their size or time of change is.
+      cache: the folder that remembers them; where it cannot be written nothing is remembered.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
+    memory = cache / SUMS
+    known = _read_sums(memory)
+    files, new = [], {}
+    for path in paths:
+        key = str(path.absolute())
+        try:
+            stat = os.stat(path)
+            state = [stat.st_size, stat.st_mtime_ns]
+            is_known = stat.st_size >= LARGE and known.get(key, [])[:2] == state
+            digest = known[key][2] if is_known else sha256(path)
+        except OSError as error:
+            raise InputError(f'data.path={path}: cannot be read ({error.strerror}); name a readable file') from None
+        if not is_known and stat.st_size >= LARGE and time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
+            new[key] = [*state, digest]
+        files.append({'path': str(path), 'bytes': stat.st_size, 'sha256': digest})
+    if new:
+        _write_sums(memory, known | new)
+    return files
+
+
+def _read_sums(memory: pathlib.Path) -> dict[str, list]:
+    try:
+        known = json.loads(memory.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}  # none yet, or damaged: the files are read again
+    return known if isinstance(known, dict) else {}
+
+
+def _write_sums(memory: pathlib.Path, known: dict[str, list]) -> None:
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(memory) as file:
+            file.write(json.dumps(known).encode())
+    except OSError:
+        return  # a folder that others own, or a full disk: then the files are read at every start

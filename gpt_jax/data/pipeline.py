@@ -1,31 +1,56 @@
-"""Corpus -> tokenizer -> token shards, made once and kept in a cache by fingerprint."""
+"""Corpora -> tokenizer -> token shards, made once and kept in a cache by fingerprint.
+
+What a run trains on is a mixture of corpora, all in the ids of one tokenizer; a single corpus is a mixture of one. The
+names of corpora:
+
+python_docs                     the running Python's documentation, 2-3 MB, on every machine (the default)
+openwebtext_10k                 10 000 documents of OpenWebText, 50 MB, from the Hugging Face hub
+wikitext_103                    articles of Wikipedia, 540 MB, from the hub
+openwebtext                     OpenWebText, 8 million documents, 40 GB, from the hub
+fineweb_edu_10b                 10 billion tokens of FineWeb-Edu, 27 GB of parquet, from the hub
+hub:REPO[@REVISION][:CONFIG]    any dataset of the hub that `datasets` reads and that has a column of text
+text                            local files, `data.path`
+"""
 
 import contextlib
 import dataclasses
 import errno
+import glob
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import tqdm
 
 from gpt_jax.config import DataConfig
-from gpt_jax.data import corpora, manifest
+from gpt_jax.data import hub, local, python_docs
 from gpt_jax.data import tokenizer as tokenizers
-from gpt_jax.data.building import PARTS, Job, lock, read_report
-from gpt_jax.data.corpus import SPLITS, Corpus, empty_split
-from gpt_jax.data.encoding import pieces, shorten_words, up_to
-from gpt_jax.data.manifest import SOURCE, TOKENIZER, digest
-from gpt_jax.data.shards import Tokens
-from gpt_jax.data.tokenizer import Tokenizer
-from gpt_jax.data.workers import build_parts, worthwhile
+from gpt_jax.data.corpus import Corpus, empty_split
+from gpt_jax.data.mixture import Source
+from gpt_jax.data.parts import PARTS, Job, build_parts, lock, read_report, worthwhile
+from gpt_jax.data.shards import (
+    TOKENIZER,
+    Tokens,
+    check_manifest,
+    digest,
+    is_complete,
+    open_shards,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
+from gpt_jax.data.tokenizer import Tokenizer, pieces, shorten_words, up_to
 from gpt_jax.errors import InputError
 from gpt_jax.files import replacing
 
+NAMES = ('python_docs', 'text', *hub.NAMED)
+SOURCE = 'source.json'
 TOKENIZER_TEXT_LIMIT = 10**8  # characters that BPE learns from: more would change few merges and take hours
 TOKENIZER_PARTS = 32  # that they are spread over
+MIXTURE_FORM = 'write NAME:WEIGHT,NAME:WEIGHT with weights above 0, such as python_docs:0.7,notes.txt:0.3'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,77 +76,224 @@ class Prepared:
     folder: pathlib.Path
 
 
-def prepare(config: DataConfig, tokenizer: Tokenizer | None = None, log: Callable[[str], None] = print) -> Prepared:
-    """Tokenizer and token shards of `config`, from the cache where they are there, else made and put there.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingData:
+    """All corpora of a run.
 
-    A `tokenizer` given here, such as a checkpoint's, is used instead of the one that `config` asks for. `log` gets one
-    line for each stage. Several processes may prepare the same data at once, and share the work. What a killed one has
-    finished is kept, and nothing else is taken for finished.
-
-    Raises InputError where the corpus or tokenizer cannot be had, the cache cannot be written, or files in it are
-    damaged.
+    Attributes:
+      tokenizer: made the tokens of all of them.
+      prepared: name -> the corpus's tokens, in the order in which they were given.
+      weights: name -> share of the training rows; they add up to 1.
     """
-    prepared = prepare_piece(config, (1, 1), tokenizer, log)
-    assert prepared is not None  # the only piece is all of it
-    return prepared
+
+    tokenizer: Tokenizer
+    prepared: Mapping[str, Prepared]
+    weights: Mapping[str, Fraction]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256: the same one means the same tokens. Of a single corpus it is its own."""
+        prints = [prepared.fingerprint for prepared in self.prepared.values()]
+        return prints[0] if len(prints) == 1 else digest(*prints)
+
+    @property
+    def train(self) -> tuple[Source, ...]:
+        """The training splits, as `Batches` takes them."""
+        return tuple(Source(name, self.prepared[name].train, weight) for name, weight in self.weights.items())
 
 
-def prepare_piece(
+def prepare(
     config: DataConfig,
-    piece: tuple[int, int],
     tokenizer: Tokenizer | None = None,
     log: Callable[[str], None] = print,
-) -> Prepared | None:
-    """`prepare` for the share of one machine: `piece` (3, 16) is the third of sixteen.
+    piece: tuple[int, int] | None = None,
+) -> TrainingData | None:
+    """Tokenizer and token shards of `config`, from the cache where they are there, else made and put there.
 
-    Returns None while parts of other pieces are missing. Whoever finishes last completes the folder; where the machines
-    share no folder, that is whoever runs it after all files were copied into one.
+    Several processes may prepare the same data at once, and share the work. What a killed one has finished is kept, and
+    nothing else is taken for finished. A tokenizer that is learned learns from every corpus of a mixture, from as much
+    of each as its weight says.
+
+    Args:
+      config: the section `data` of an experiment.
+      tokenizer: such as a checkpoint's, instead of the one that `config` asks for.
+      log: gets one line for each stage.
+      piece: (3, 16): prepare the third of sixteen shares only, while other machines prepare the others. Where they
+        share a folder, whoever finishes last completes it; else that is whoever runs it after all files were copied
+        into one. Machines that share no folder need one tokenizer of a mixture: `gpt2`, or a folder that holds it.
+
+    Returns:
+      The data; None while parts of other pieces are missing.
+
+    Raises:
+      InputError: the mixture cannot be read or names what is no corpus and no file, a corpus or the tokenizer cannot be
+        had, the cache cannot be written, or files in it are damaged.
     """
     config.check()
-    corpus = corpora.load(config)
+    if config.mixture is not None and config.path is not None:
+        raise InputError(f'data.path={config.path} beside data.mixture={config.mixture}: name the file in the mixture')
+    if config.mixture is None:
+        # A single corpus may be called anything: its name is not looked for in the text of a mixture.
+        name = config.path or config.corpus
+        weights, corpora = {name: Fraction(1)}, {name: load_corpus(config)}
+    else:
+        weights = parse_mixture(config.mixture)
+        corpora = {name: load_corpus(_config_of(name, config)) for name in weights}
+        if tokenizer is None and config.tokenizer in ('bpe', 'char'):
+            tokenizer = _shared_tokenizer(config, corpora, weights, log)
+    prepared = {
+        name: _prepare_corpus(corpus, config, tokenizer, piece or (1, 1), log) for name, corpus in corpora.items()
+    }
+    if None in prepared.values():
+        return None
+    return TrainingData(next(iter(prepared.values())).tokenizer, prepared, weights)
+
+
+def parse_mixture(mixture: str) -> dict[str, Fraction]:
+    """Name -> weight of 'NAME:WEIGHT,NAME:WEIGHT,...', in that order; weights add up to 1, whatever they did before.
+
+    What stands before the last colon is the name, so that a name may hold colons, but no comma.
+
+    Raises InputError where a part has no weight, a weight is no number above 0, or a name stands there twice.
+    """
+    weights: dict[str, Fraction] = {}
+    for part in mixture.split(','):
+        name, colon, text = (word.strip() for word in part.rpartition(':'))
+        if not colon or not name:
+            raise InputError(f'data.mixture={mixture}: {part.strip()!r} is no source with a weight; {MIXTURE_FORM}')
+        if name in weights:
+            raise InputError(f'data.mixture={mixture}: {name} stands there twice; add its weights up')
+        try:
+            weight = Fraction(text)
+        except (ValueError, ZeroDivisionError):
+            what = f'the weight {text!r} of {name} is no number'
+            raise InputError(f'data.mixture={mixture}: {what}; {MIXTURE_FORM}') from None
+        if weight <= 0:
+            what = f'the weight {text} of {name} is not above 0'
+            raise InputError(f'data.mixture={mixture}: {what}; {MIXTURE_FORM}, or drop it')
+        weights[name] = weight
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _config_of(name: str, config: DataConfig) -> DataConfig:
+    """How to prepare one corpus of a mixture."""
+    if name in NAMES or name.startswith('hub:'):
+        return dataclasses.replace(config, mixture=None, corpus=name)
+    if not glob.glob(str(pathlib.Path(name).expanduser()), recursive=True):
+        known = ', '.join(known for known in NAMES if known != 'text')
+        raise InputError(
+            f'data.mixture={config.mixture}: {name} is no file and no corpus; name {known}, hub:OWNER/NAME or a file'
+        )
+    return dataclasses.replace(config, mixture=None, corpus='text', path=name)
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """The corpus that `config` names; with a `path`, the files there, whatever the name.
+
+    Nothing is downloaded or parsed before its documents are asked for; local files are read once for their fingerprint.
+
+    Raises InputError on an unknown name and on local files that are missing, empty or cannot be read.
+    """
+    name = config.corpus
+    if name not in NAMES and not name.startswith('hub:'):
+        raise InputError(f'data.corpus={name}: unknown; use one of {", ".join(NAMES)} or hub:OWNER/NAME')
+    if config.path:
+        return local.load_local(config)
+    if name == 'text':
+        raise InputError('data.corpus=text needs a file: set --config.data.path=FILE')
+    if name != 'python_docs':
+        return hub.load_hub(config)
+    return python_docs.PythonDocs(config.validation_fraction or python_docs.FRACTION)
+
+
+def _shared_tokenizer(
+    config: DataConfig,
+    corpora: Mapping[str, Corpus],
+    weights: Mapping[str, Fraction],
+    log: Callable[[str], None],
+) -> Tokenizer:
+    """The tokenizer of a mixture, from the cache where it was learned before."""
+    kind = _tokenizer_key(config)
     cache = config.cache
-    folder, tokenizer = _choose(cache, corpus, config, tokenizer)
-    if manifest.complete(folder):
+    folder = (
+        cache / f'mixture-{digest(kind, *(f"{corpus.key} {weights[name]}" for name, corpus in corpora.items()))[:16]}'
+    )
+    with _writing(cache):
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+        with lock(folder, TOKENIZER):
+            if (folder / TOKENIZER).is_file():
+                return Tokenizer.load(folder / TOKENIZER)
+            log(f'tokenizer: learning {kind} from {", ".join(weights)}')
+            resolved = {name: corpus.resolve() for name, corpus in corpora.items()}
+            if config.tokenizer == 'char':
+                tokenizer = tokenizers.train_char(
+                    text for corpus in resolved.values() for text in corpus.documents('train')
+                )
+            else:
+                limits = {name: int(weight * TOKENIZER_TEXT_LIMIT) for name, weight in weights.items()}
+                samples = (text for name, corpus in resolved.items() for text in up_to(limits[name], _sample(corpus)))
+                tokenizer = tokenizers.train_bpe(samples, config.vocab_size)
+            tokenizer.save(folder / TOKENIZER)
+            return tokenizer
+
+
+def _tokenizer_key(config: DataConfig) -> str:
+    """What names the folders of data whose tokenizer is made for them, or is GPT-2's."""
+    return f'bpe-{config.vocab_size}' if config.tokenizer == 'bpe' else config.tokenizer
+
+
+def _prepare_corpus(
+    corpus: Corpus,
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    piece: tuple[int, int],
+    log: Callable[[str], None],
+) -> Prepared | None:
+    """One corpus of the mixture, or this piece of it; None while parts of other pieces are missing."""
+    cache = config.cache
+    folder, tokenizer = _choose_folder(cache, corpus, config, tokenizer)
+    if is_complete(folder):
         prepared = _open(folder, corpus, log)
         log(f'data: reused from {folder}')
         return prepared
-    with writing(cache):
+    with _writing(cache):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        corpus = _resolved(folder, corpus)
+        corpus = _resolve(folder, corpus)
         tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
         if not _build(folder, corpus, config, tokenizer, piece, log):
             return None
     return _open(folder, corpus, log)
 
 
-def _choose(
+def _choose_folder(
     cache: pathlib.Path, corpus: Corpus, config: DataConfig, given: Tokenizer | None
 ) -> tuple[pathlib.Path, Tokenizer | None]:
     """The folder for this data, and its tokenizer where that is known without the corpus or the network."""
-    trained = {'bpe': f'bpe-{config.vocab_size}', 'char': 'char', 'gpt2': 'gpt2'}
-    if config.tokenizer not in trained and given is None:
+
+    def folder_of(key: str) -> pathlib.Path:
+        return cache / f'{corpus.name}-{digest(corpus.key, key)[:16]}'
+
+    named = config.tokenizer in ('bpe', 'char', 'gpt2')
+    if not named and given is None:
         given = tokenizers.gpt2(config.tokenizer)
     if config.tokenizer == 'bpe' and config.vocab_size < tokenizers.SMALLEST_BPE:
         raise InputError(
             f'data.vocab_size={config.vocab_size}: too few for 256 bytes and end of text; '
             f'use {tokenizers.SMALLEST_BPE} or more'
         )
-    if config.tokenizer in trained:
-        folder = _folder(cache, corpus, trained[config.tokenizer])
+    if named:
+        folder = folder_of(_tokenizer_key(config))
         # A resumed run gives the tokenizer that was made here before: its shards are here, too.
         if given is None:
             return folder, None
-        if manifest.complete(folder) and manifest.read(folder)['tokenizer_fingerprint'] == given.fingerprint:
+        if is_complete(folder) and read_manifest(folder)['tokenizer_fingerprint'] == given.fingerprint:
             return folder, given
-    return _folder(cache, corpus, given.fingerprint), given
-
-
-def _folder(cache: pathlib.Path, corpus: Corpus, tokenizer: str) -> pathlib.Path:
-    return cache / f'{corpus.name}-{digest(corpus.key, tokenizer)[:16]}'
+    return folder_of(given.fingerprint), given
 
 
 @contextlib.contextmanager
-def writing(cache: pathlib.Path) -> Iterator[None]:
+def _writing(cache: pathlib.Path) -> Iterator[None]:
     """Turns errors of writing in `cache` into InputError, and leaves all others alone."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -137,12 +309,12 @@ def writing(cache: pathlib.Path) -> Iterator[None]:
         raise InputError(f'data.cache_dir={cache}: cannot be written ({error.strerror}); name another folder') from None
 
 
-def _resolved(folder: pathlib.Path, corpus: Corpus) -> Corpus:
+def _resolve(folder: pathlib.Path, corpus: Corpus) -> Corpus:
     """The corpus as the first process to prepare it here has found it, so that all parts are of one revision."""
     with lock(folder, SOURCE):
         path = folder / SOURCE
         if path.is_file():
-            return corpus.resolve(manifest.read_json(path))
+            return corpus.resolve(read_json(path))
         corpus = corpus.resolve()
         with replacing(path) as file:
             file.write(json.dumps(corpus.source(), indent=2).encode())
@@ -170,10 +342,10 @@ def _make_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
         return tokenizers.gpt2()
     if config.tokenizer == 'char':
         return tokenizers.train_char(piece for text in corpus.documents('train') for piece in pieces(text))
-    return tokenizers.train_bpe(sample(corpus), config.vocab_size)
+    return tokenizers.train_bpe(_sample(corpus), config.vocab_size)
 
 
-def sample(corpus: Corpus) -> Iterator[str]:
+def _sample(corpus: Corpus) -> Iterator[str]:
     """The training text that BPE learns from: the beginnings of parts that are spread over the corpus."""
     parts = [part for part in corpus.parts() if part.split in ('', 'train')]
     spread = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]
@@ -204,17 +376,13 @@ def _build(
     if len(mine) < len(parts[piece[0] - 1 :: piece[1]]):
         log(f'data: going on in {folder}, {len(mine)} of {len(parts)} parts to do')
     with _progress(mine) as done:
-        build_parts(mine, tokenizer, folder / TOKENIZER, config.num_workers or worthwhile(mine), done)
+        build_parts(mine, tokenizer, config.num_workers or worthwhile(mine), done)
     reports = [read_report(folder, job.number, corpus, tokenizer) for job in jobs]
     missing = reports.count(None)
     if missing:
         log(f'data: piece {piece[0]}/{piece[1]} is done; {missing} of {len(parts)} parts are missing in {folder}')
         return False
-    content = manifest.make(corpus, tokenizer, reports)
-    for split in SPLITS:
-        if not content['tokens'][split]:
-            raise empty_split(split, corpus.name)
-    manifest.write(folder, content)
+    content = write_manifest(folder, corpus, tokenizer, reports)
     _log_counts(corpus, content, time.perf_counter() - start, log)
     return True
 
@@ -243,10 +411,10 @@ def _log_counts(corpus: Corpus, content: dict[str, Any], seconds: float, log: Ca
 
 
 def _open(folder: pathlib.Path, corpus: Corpus, log: Callable[[str], None]) -> Prepared:
-    content = manifest.read(folder)
+    content = read_manifest(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
-    manifest.check(folder, content, corpus, tokenizer)
-    shards = manifest.open_shards(folder, content, tokenizer, log)
+    check_manifest(folder, content, corpus, tokenizer)
+    shards = open_shards(folder, content, tokenizer, log)
     return Prepared(
         tokenizer,
         Tokens(shards['train']),

@@ -6,6 +6,7 @@ are parsed, never imported. The text differs a little between Python versions; `
 """
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -14,10 +15,50 @@ import pathlib
 import platform
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, split_of
 
 SCHEME = 1  # raise it whenever the code below would give other text: it is part of the fingerprint
 LEFT_OUT_FOLDERS = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+FRACTION = 0.1  # of the documents, held out
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonDocs(Corpus):
+    """The embedded corpus, in one part."""
+
+    fraction: float = FRACTION
+    name: str = 'python_docs'
+
+    @property
+    def key(self) -> str:
+        """The fingerprint."""
+        return self.fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the running Python, and what is held out."""
+        return hashlib.sha256(f'{library_fingerprint()} {self.fraction}'.encode()).hexdigest()
+
+    @property
+    def split_rule(self) -> str:
+        """What is held out."""
+        return f'{self.fraction} of the documents, by the hash of their text; copies are in the same split'
+
+    def parts(self) -> Sequence[Part]:
+        """One: it is small."""
+        return [Part()]
+
+    def read(self, part: Part, decoder: Decoder) -> Iterator[Passage]:
+        """Every document."""
+        for text in documents():
+            yield Passage(split_of(text, self.fraction), text)
+
+    def source(self) -> dict[str, Any]:
+        """Python's version."""
+        return {'python': platform.python_version(), 'implementation': platform.python_implementation()}
 
 
 def library_root() -> pathlib.Path:
@@ -25,7 +66,7 @@ def library_root() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_path('stdlib'))
 
 
-def sources(root: pathlib.Path) -> list[pathlib.Path]:
+def library_files(root: pathlib.Path) -> list[pathlib.Path]:
     """The library's Python files without tests, installed packages and build records, sorted by their path in it."""
     found = []
     for folder, folders, files in os.walk(root):
@@ -36,28 +77,23 @@ def sources(root: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def fingerprint() -> str:
+def library_fingerprint() -> str:
     """Hex sha256 that stands for the text of `documents` without reading it.
 
     Made of the Python version and the names and sizes of the files, which takes some 50 ms; parsing takes seconds.
     """
     root = library_root()
     digest = hashlib.sha256(f'python_docs {SCHEME} {platform.python_version()}\n'.encode())
-    for path in sources(root):
+    for path in library_files(root):
         digest.update(f'{path.relative_to(root).as_posix()} {path.stat().st_size}\n'.encode())
     return digest.hexdigest()
-
-
-def source() -> dict[str, str]:
-    """Where the text is from."""
-    return {'python': platform.python_version(), 'implementation': platform.python_implementation()}
 
 
 @functools.cache
 def documents() -> tuple[str, ...]:
     """Every document once, in a fixed order: modules by path, then topics by name. Read once in a process."""
     root = library_root()
-    modules = (_module_document(path, root) for path in sources(root))
+    modules = (_module_document(path, root) for path in library_files(root))
     texts = (text for text in (*modules, *_topics()) if text)
     # A docstring may hold an escaped lone surrogate, which is not text and cannot be stored as UTF-8.
     return tuple(dict.fromkeys(text for text in texts if _is_utf8(text)))

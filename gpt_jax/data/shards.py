@@ -1,4 +1,6 @@
-"""Token shards: flat files of token ids that say what they are, and many of them as one long array.
+"""Prepared data on disk: token shards, many of them as one long array, and the folder that holds them.
+
+A shard is a flat file of token ids that says what it is:
 
     bytes 0-7      magic `GPTJAXTK`
     bytes 8-11     format version
@@ -12,6 +14,9 @@
     bytes 128-     the tokens
 
 All numbers are little-endian. Tokens are memory-mapped: a shard costs no memory but the pages that are read.
+
+A folder of prepared data holds the shards, `tokenizer.json`, and `manifest.json`, which is written last and names all
+shards with their sha256.
 """
 
 import bisect
@@ -19,15 +24,18 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import mmap
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
+import gpt_jax
+from gpt_jax.data.corpus import SPLITS, Corpus, empty_split
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.files import replacing
@@ -37,6 +45,14 @@ VERSION = 2
 HEADER = struct.Struct('<8sIIQQQ32s32s24x')
 DTYPES = {2: np.dtype('<u2'), 4: np.dtype('<u4')}
 AGAIN = 'delete it and run the command again to make it anew'
+PREPARE_AGAIN = 'delete it to prepare the data anew'
+FORMAT = 2  # raise it whenever other tokens or files would be written: it is part of every fingerprint
+MANIFEST = 'manifest.json'
+TOKENIZER = 'tokenizer.json'
+VERIFIED = 'verified.json'
+STRETCH = 2**22  # tokens that are looked at in one go
+WINDOWS, WINDOW = 3, 48  # shown of each split, and their tokens
+BAR = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,3 +269,212 @@ def _pack(info: ShardInfo) -> bytes:
 def dtype_of(vocab_size: int) -> np.dtype:
     """The smallest type that holds every id of a vocabulary."""
     return DTYPES[2 if vocab_size <= 2**16 else 4]
+
+
+def shard_path(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
+    """Where the shard of a part is."""
+    return folder / f'{split}-{number:05}.bin'
+
+
+def digest(*parts: str) -> str:
+    """Hex sha256 of `parts` and the format."""
+    return hashlib.sha256('\n'.join((f'gpt_jax data {FORMAT}', *parts)).encode()).hexdigest()
+
+
+def is_complete(folder: pathlib.Path) -> bool:
+    """Whether all of the folder was finished, and no file that it names is missing."""
+    if not all((folder / name).is_file() for name in (MANIFEST, TOKENIZER)):
+        return False
+    shards = read_manifest(folder)['shards']
+    present = {path.name for path in folder.iterdir()}
+    return all(shard['file'] in present for split in SPLITS for shard in shards[split])
+
+
+def write_manifest(
+    folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, reports: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Completes a folder whose parts are all finished; returns the manifest.
+
+    Args:
+      folder: of the prepared data.
+      corpus: resolved.
+      tokenizer: that made the tokens.
+      reports: of every part, as `parts` writes them.
+
+    Raises InputError where a split is empty.
+    """
+    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for number, report in enumerate(reports):
+        for split, counts in report['splits'].items():
+            shards[split].append({'file': shard_path(folder, split, number).name, **counts})
+    for split in SPLITS:
+        if not shards[split]:
+            raise empty_split(split, corpus.name)
+    content = {
+        'format': FORMAT,
+        'version': gpt_jax.__version__,
+        'corpus': corpus.name,
+        'corpus_fingerprint': corpus.fingerprint,
+        'source': corpus.source(),
+        'split': corpus.split_rule,
+        'tokenizer': tokenizer.kind,
+        'tokenizer_fingerprint': tokenizer.fingerprint,
+        'vocab_size': tokenizer.vocab_size,
+        'fingerprint': digest(corpus.fingerprint, tokenizer.fingerprint),
+        'replaced_bytes': sum(report['replaced_bytes'] for report in reports),
+        **{
+            name: {split: sum(shard[name] for shard in shards[split]) for split in SPLITS}
+            for name in ('documents', 'bytes', 'tokens')
+        },
+        'shards': shards,
+    }
+    with replacing(folder / MANIFEST) as file:
+        file.write(json.dumps(content, indent=2).encode())
+    return content
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """The manifest, checked to have every entry that is read from it. Raises InputError where it has not."""
+    content = read_json(folder / MANIFEST)
+    try:
+        for split in SPLITS:
+            shards = content['shards'][split]
+            names = [shard[name] for shard in shards for name in ('file', 'sha256')]
+            counts = [shard[name] for shard in shards for name in ('tokens', 'mtime_ns')]
+            added = sum(shard['tokens'] for shard in shards)
+            damaged = added != content['tokens'][split] or min(*counts, content['bytes'][split]) < 0
+            names += [content[name] for name in ('fingerprint', 'corpus_fingerprint', 'tokenizer_fingerprint')]
+            damaged = damaged or not all(isinstance(name, str) for name in names)
+            if damaged:
+                break
+    except (KeyError, TypeError):
+        damaged = True
+    if damaged:
+        raise InputError(f'{folder / MANIFEST}: damaged; {PREPARE_AGAIN}')
+    return content
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file of the folder. Raises InputError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        raise InputError(f'{path}: damaged; {PREPARE_AGAIN}') from None
+
+
+def check_manifest(folder: pathlib.Path, content: dict[str, Any], corpus: Corpus | None, tokenizer: Tokenizer) -> None:
+    """Raises InputError where the folder is not of that corpus (where one is given), or not of that tokenizer."""
+    if content['tokenizer_fingerprint'] != tokenizer.fingerprint:
+        raise InputError(f'{folder / TOKENIZER}: not the tokenizer of this data; {PREPARE_AGAIN}')
+    fingerprint = digest(content['corpus_fingerprint'], tokenizer.fingerprint)
+    known = corpus is not None and corpus.fingerprint
+    if content['fingerprint'] != fingerprint or (known and known != content['corpus_fingerprint']):
+        raise InputError(f'{folder / MANIFEST}: of other data; {PREPARE_AGAIN}')
+
+
+def check_shard(info: ShardInfo, entry: dict[str, Any]) -> None:
+    """Raises InputError where a shard is not the one that the manifest has this `entry` for."""
+    if (info.tokens, info.sha256) != (entry['tokens'], entry['sha256']):
+        raise InputError(f'{info.path}: not the shard that {MANIFEST} names; delete it to make it anew')
+
+
+def open_shards(
+    folder: pathlib.Path, content: dict[str, Any], tokenizer: Tokenizer, log: Callable[[str], None]
+) -> dict[str, list[ShardInfo]]:
+    """Split -> its shards, each held against the manifest.
+
+    The sha256 is computed of shards whose time of change is not the recorded one: those that were copied here or
+    changed. `verified.json` remembers them, where the folder can be written.
+
+    Raises InputError, naming the file, where a shard is damaged or of another tokenizer.
+    """
+    shards: dict[str, list[ShardInfo]] = {}
+    changed: dict[str, tuple[ShardInfo, int]] = {}
+    remembered = read_json(folder / VERIFIED) if (folder / VERIFIED).is_file() else {}
+    for split in SPLITS:
+        shards[split] = []
+        for entry in content['shards'][split]:
+            info = read_header(folder / entry['file'], tokenizer)
+            check_shard(info, entry)
+            shards[split].append(info)
+            mtime_ns = os.stat(info.path).st_mtime_ns
+            if mtime_ns not in (entry['mtime_ns'], remembered.get(entry['file'])):
+                changed[entry['file']] = info, mtime_ns
+    if changed:
+        size = sum(info.tokens * info.dtype.itemsize for info, _ in changed.values())
+        log(f'data: verifying {len(changed)} shards that were copied or changed, {size / 1e6:.1f} MB')
+        for info, _ in changed.values():
+            verify(info)
+        _remember(folder, remembered | {name: mtime_ns for name, (_, mtime_ns) in changed.items()})
+    return shards
+
+
+def _remember(folder: pathlib.Path, verified: dict[str, int]) -> None:
+    try:
+        with replacing(folder / VERIFIED) as file:
+            file.write(json.dumps(verified).encode())
+    except OSError:
+        return  # a folder that others own: then it is verified at every start
+
+
+def inspect(folder: str | os.PathLike) -> Iterator[str]:
+    """The lines of a report: counts, use of the vocabulary, lengths of documents, the first windows.
+
+    Every shard is read and held against its sha256, first of all.
+
+    Raises InputError, naming the file, where the folder is not finished or a file in it is damaged.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f'--inspect={folder}: no finished data there, {MANIFEST} is missing; prepare it')
+    content = read_manifest(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    check_manifest(folder, content, None, tokenizer)
+    source = {name: value for name, value in content['source'].items() if name != 'files' and value is not None}
+    source['files'] = len(content['source'].get('files', ()))
+    yield f'corpus: {content["corpus"]} ({", ".join(f"{name} {value}" for name, value in source.items())})'
+    yield f'split: {content["split"]}'
+    yield f'tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}'
+    yield f'fingerprint: {content["fingerprint"]}'
+    if content['replaced_bytes']:
+        yield f'invalid bytes: {content["replaced_bytes"]:,} times U+FFFD in their place'
+    for split in SPLITS:
+        infos = [read_header(folder / shard['file'], tokenizer) for shard in content['shards'][split]]
+        for info, shard in zip(infos, content['shards'][split], strict=True):
+            check_shard(info, shard)
+            verify(info)
+        yield ''
+        yield from _of_split(split, Tokens(infos), content['bytes'][split], tokenizer)
+
+
+def _of_split(split: str, tokens: Tokens, bytes_: int, tokenizer: Tokenizer) -> Iterator[str]:
+    yield f'{split}: {tokens.documents:,} documents, {len(tokens):,} tokens, {bytes_:,} bytes'
+    yield f'  {len(tokens.shards)} shards, every sha256 verified; {bytes_ / len(tokens):.2f} bytes a token'
+    counts, lengths = _count(tokens, tokenizer)
+    used = int(np.count_nonzero(counts))
+    yield f'  vocabulary: {used:,} of {tokenizer.vocab_size:,} tokens are used ({used / tokenizer.vocab_size:.1%})'
+    common = np.argsort(-counts, kind='stable')[:8]
+    yield '  the most common: ' + ', '.join(f'{tokenizer.decode([id_])!r}' for id_ in common if counts[id_])
+    yield '  documents by their tokens:'
+    for place in np.flatnonzero(lengths):
+        low, high = (2**place, 2 ** (place + 1) - 1) if place else (0, 1)
+        bar = '#' * round(BAR * lengths[place] / lengths.max())
+        yield f'  {low:>10,} to {high:<10,} {lengths[place]:>10,}  {bar}'.rstrip()
+    for start in range(0, min(WINDOWS * WINDOW, len(tokens)), WINDOW):
+        yield f'  tokens {start} on: {tokenizer.decode(tokens[start : start + WINDOW])!r}'
+
+
+def _count(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Uses of every id [vocab], and documents by the logarithm of their length [64], end of text not counted."""
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    lengths = np.zeros(64, np.int64)
+    before = -1  # where the end of the document before is
+    for start in range(0, len(tokens), STRETCH):
+        stretch = tokens[start : start + STRETCH]
+        counts += np.bincount(stretch, minlength=tokenizer.vocab_size)
+        ends = start + np.flatnonzero(stretch == tokenizer.end_of_text)
+        if ends.size:
+            sizes = np.diff(ends, prepend=before) - 1
+            lengths += np.bincount(np.log2(np.maximum(sizes, 1)).astype(int), minlength=64)
+            before = int(ends[-1])
+    return counts, lengths

@@ -1,5 +1,9 @@
-"""Text <-> token ids: byte-level BPE, characters, or GPT-2's own vocabulary, behind one class."""
+"""Text <-> token ids: byte-level BPE, characters, or GPT-2's own vocabulary, behind one class.
 
+Below it, documents -> ids in pieces: memory stays bounded and all cores work, be it many documents or one long one.
+"""
+
+import array
 import functools
 import hashlib
 import json
@@ -8,10 +12,12 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gpt_jax.errors import InputError
+from gpt_jax.data.corpus import Passage
+from gpt_jax.errors import InputError, first_line
 from gpt_jax.files import replacing
 
 END_OF_TEXT = '<|endoftext|>'
@@ -19,6 +25,13 @@ UNKNOWN = '<|unknown|>'
 SMALLEST_BPE = 257  # the 256 bytes and end of text
 LARGEST_VOCABULARY = 2**31  # batches hold ids as int32
 GPT2_REPOSITORY = 'openai-community/gpt2'
+PIECE_CHARACTERS = 2**15
+LONGEST_PIECE = 2**16
+LONGEST_WORD = 1000
+BATCH_CHARACTERS = 2**22
+# GPT-2's pre-tokenizer cuts between any other character and a space that follows it, whatever stands around them.
+_WORD_END = re.compile(r'\S(?=\s)')
+_ENDLESS_WORD = re.compile(rf'(\S{{{LONGEST_WORD}}})\S+')
 
 
 class Tokenizer:
@@ -116,7 +129,7 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions, for bad JSON and bad content alike
-            raise InputError(f'not a tokenizer.json: {_first_line(error)}; use another one') from None
+            raise InputError(f'not a tokenizer.json: {first_line(error)}; use another one') from None
         return cls(inner)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -203,7 +216,7 @@ def gpt2(source: str | os.PathLike = 'gpt2') -> Tokenizer:
     try:
         inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f'{vocabulary} with {merges}: not a BPE vocabulary ({_first_line(error)})') from None
+        raise InputError(f'{vocabulary} with {merges}: not a BPE vocabulary ({first_line(error)})') from None
     _make_byte_level(inner)
     inner.add_special_tokens([END_OF_TEXT])
     return Tokenizer(inner)
@@ -239,7 +252,7 @@ def _download_uncached_gpt2() -> str:
         return huggingface_hub.hf_hub_download(GPT2_REPOSITORY, 'tokenizer.json')
     except Exception as error:  # of httpx, requests, the client or the system, by version: without a common base
         raise InputError(
-            f'data.tokenizer=gpt2: cannot load {GPT2_REPOSITORY} ({type(error).__name__}: {_first_line(error)}); '
+            f'data.tokenizer=gpt2: cannot load {GPT2_REPOSITORY} ({type(error).__name__}: {first_line(error)}); '
             'connect to the hub, see that HF_HUB_OFFLINE is not set, or name a directory: --config.data.tokenizer=DIR'
         ) from error
 
@@ -268,5 +281,74 @@ def _check_text(text: str) -> None:
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
+    """The first of `texts`, until they have `limit` characters together."""
+    characters = 0
+    for text in texts:
+        if characters >= limit:
+            return
+        characters += len(text)
+        yield text
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cuts a text before spaces or ends of lines into pieces of about 2^15 characters.
+
+    GPT-2's pre-tokenizer never joins what stands on both sides of such a cut, and characters stand alone anyway: the
+    ids of the pieces, joined, are the ids of the text. Only where 2^16 characters hold no such place they are cut
+    regardless, since the work on one word grows faster than its length: there the ids may differ.
+    """
+    start = 0
+    while start < len(text):
+        end = min(start + LONGEST_PIECE, len(text))
+        if len(text) - start > PIECE_CHARACTERS and (cut := _WORD_END.search(text, start + PIECE_CHARACTERS - 1, end)):
+            end = cut.end()
+        yield text[start:end]
+        start = end
+
+
+def shorten_words(text: str) -> str:
+    """`text` with the first 1000 characters of words longer than that.
+
+    BPE learns from a word in the square of its length, and holds some 50 bytes for each character of different ones: of
+    hundreds of megabytes without a space, gigabytes.
+    """
+    return _ENDLESS_WORD.sub(r'\1', text)
+
+
+def safe_end(text: str) -> int:
+    """Where the last such cut of `text` is; its length where there is none."""
+    for end in range(len(text) - 1, 0, -1):
+        if text[end].isspace() and not text[end - 1].isspace():
+            return end
+    return len(text)
+
+
+def token_chunks(tokenizer: Tokenizer, passages: Iterable[Passage]) -> Iterator[tuple[str, np.ndarray]]:
+    """(split, ids) of all passages in order, end of text after each document; ids uint32, some million at most."""
+    batch: list[Passage] = []
+    characters = 0
+    for passage in passages:
+        left = len(passage.text)
+        # One by one: all pieces of a document together would take its memory once more.
+        for piece in pieces(passage.text) if left else ('',):
+            left -= len(piece)
+            batch.append(Passage(passage.split, piece, passage.ends_document and left == 0))
+            characters += len(piece)
+            if characters >= BATCH_CHARACTERS:
+                yield from _encode_passages(tokenizer, batch)
+                batch, characters = [], 0
+    yield from _encode_passages(tokenizer, batch)
+
+
+def _encode_passages(tokenizer: Tokenizer, batch: list[Passage]) -> Iterator[tuple[str, np.ndarray]]:
+    ids: dict[str, list[int]] = {}
+    encoded = tokenizer.encode_batch([passage.text for passage in batch])
+    for piece_ids, passage in zip(encoded, batch, strict=True):
+        of_split = ids.setdefault(passage.split, [])
+        of_split += piece_ids
+        if passage.ends_document:
+            of_split.append(tokenizer.end_of_text)
+    for split, of_split in ids.items():
+        # Three times as fast as numpy is with a list.
+        yield split, np.frombuffer(array.array('I', of_split), np.uint32)

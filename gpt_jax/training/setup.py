@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from gpt_jax.config import RunConfig, as_record
-from gpt_jax.data import Tokenizer, TrainingData, prepare_sources
+from gpt_jax.data import Tokenizer, TrainingData, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
 from gpt_jax.parallel import make_mesh
@@ -71,7 +71,7 @@ def build(run: RunConfig, workdir: pathlib.Path, recorded: dict[str, Any] | None
     mesh = make_mesh(run.mesh)
     check_batch(run, mesh)
     source = None if run.train.init_from is None else Source.find(run.train.init_from, recorded)
-    data = prepare_sources(run.data, tokenizer=None if source is None else source.tokenizer, log=log)
+    data = prepare(run.data, tokenizer=None if source is None else source.tokenizer, log=log)
     if recorded is not None:
         _check_same_data(data, recorded, workdir)
     windows = sum((len(source.tokens) - 1) // run.model.block_size for source in data.train)

@@ -21,5 +21,5 @@ def prepared_docs(tmp_path_factory):
     """The embedded corpus, prepared once for all tests: a cache folder, the result and what was logged."""
     cache = tmp_path_factory.mktemp('cache')
     lines = []
-    prepared = prepare(DataConfig(vocab_size=512, cache_dir=str(cache)), log=lines.append)
-    return cache, prepared, lines
+    data = prepare(DataConfig(vocab_size=512, cache_dir=str(cache)), log=lines.append)
+    return cache, data.prepared['python_docs'], lines

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt_jax.data import DataConfig, corpora, corpus, local, rows
+from gpt_jax.data import DataConfig, corpus, load_corpus, local
 from gpt_jax.data.corpus import SPLITS
 from gpt_jax.errors import InputError
 
@@ -17,7 +17,7 @@ TEXTS = [f'Document {n}: Grüße, {"x" * (n % 7)}' for n in range(120)]
 
 
 def load(path, **keys):
-    return corpora.load(DataConfig('text', str(path), **keys))
+    return load_corpus(DataConfig('text', str(path), **keys))
 
 
 def splits(corpus_):
@@ -227,7 +227,7 @@ def test_a_file_whose_name_has_wildcards_is_taken_by_its_name(tmp_path):
 
 
 def test_a_line_of_json_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, 'LINE_BYTES', 100)
+    monkeypatch.setattr(local, 'LINE_BYTES', 100)
     (tmp_path / 'a.jsonl').write_bytes(json_lines(['x' * 200]))
     assert 'line 1: longer than 100 bytes' in line(lambda: splits(load(tmp_path / 'a.jsonl')))
 

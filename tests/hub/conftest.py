@@ -15,15 +15,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The hub's client reads its settings when it is imported, so each test runs it in a process of its own.
 PROGRAM = """
 import json, sys, time
-from gpt_jax.data import DataConfig, prepare
+from gpt_jax.data import DataConfig, corpus, prepare
 from gpt_jax.errors import InputError
 result = dict(lines=[], waited=0)
 def sleep(seconds, real=time.sleep):  # the client waits before it tries again
     result['waited'] += seconds
     real(0 if {hurry} else seconds)
 time.sleep = sleep
+corpus.PART_BYTES = {part_bytes}
 try:
-    prepared = prepare(DataConfig(**json.loads(sys.argv[1])), log=result['lines'].append)
+    data = prepare(DataConfig(**json.loads(sys.argv[1])), log=result['lines'].append)
+    (prepared,) = data.prepared.values()
     end = '<|endoftext|>'
     for split in ('train', 'validation'):
         result[split] = prepared.tokenizer.decode(getattr(prepared, split)[:]).split(end)[:-1]
@@ -48,6 +50,7 @@ def environment(hub, tmp_path):
         'HF_ENDPOINT': hub.url,
         'HF_HOME': str(tmp_path / 'hf'),
         'HF_HUB_DISABLE_TELEMETRY': '1',
+        'USE_TORCH': '0',  # `datasets` imports it where it is installed, which takes seconds
         'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
         'XLA_FLAGS': '--xla_backend_optimization_level=0',  # and one device
     }
@@ -58,9 +61,14 @@ def environment(hub, tmp_path):
 def run_prepare(environment, tmp_path):
     """A function: keys of the data section -> what came of preparing them, as PROGRAM prints it."""
 
-    def run(corpus, hurry=False, **keys):
+    def run(corpus, hurry=False, part_bytes=2**26, **keys):
         config = {'corpus': corpus, 'vocab_size': 300, 'cache_dir': str(tmp_path / 'data')} | keys
-        command = [sys.executable, '-c', PROGRAM.replace('{hurry}', str(hurry)), json.dumps(config)]
+        command = [
+            sys.executable,
+            '-c',
+            PROGRAM.replace('{hurry}', str(hurry)).replace('{part_bytes}', str(part_bytes)),
+            json.dumps(config),
+        ]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
         return json.loads(result.stdout.splitlines()[-1])
 

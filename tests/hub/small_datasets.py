@@ -60,8 +60,9 @@ def wikitext():
         }
         for name, splits in (('wikitext-2-v1', ['train']), (folder, ['train', 'validation', 'test']))
     ]
-    return Dataset({'main': {'README.md': _card(configs), **files}}, {'configs': configs})
+    return Dataset({'main': {'README.md': card(configs), **files}}, {'configs': configs})
 
 
-def _card(configs):
+def card(configs):
+    """A README.md that lists the configs of its dataset."""
     return f'---\nconfigs: {json.dumps(configs)}\n---\n'.encode()

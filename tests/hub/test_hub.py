@@ -1,5 +1,8 @@
 """The hub's own client against a hub of ours: what a user's machine does, but for the distance."""
 
+import csv
+import gzip
+import io
 import json
 import os
 import pathlib
@@ -10,9 +13,10 @@ import sys
 
 import pytest
 from local_hub import Dataset
-from small_datasets import WEB, article_lines, parquet
+from small_datasets import WEB, article_lines, card, parquet
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / 'tests' / 'golden' / 'data'
 FILE = 'plain_text/train/0000.parquet'
 
 
@@ -52,6 +56,21 @@ def test_wikitext_103_is_whole_articles_with_a_split_of_its_own(run_prepare):
         f' = {name} = ' for name in ('Anarchism', 'Boulter', 'Carp', 'Dollar')
     ]
     assert [text.split('\n')[0] for text in result['validation']] == [' = Held out = ']
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize('name', ['openwebtext_10k', 'wikitext_103'])
+def test_tokens_are_those_of_the_program_that_read_parquet_by_itself(run_prepare, tmp_path, name, streaming):
+    (path,) = [*GOLDEN.glob(f'{name}*/manifest.json'), *GOLDEN.glob(f'{name}-manifest.json')]
+    golden = json.loads(path.read_text())
+    run_prepare(name, streaming=streaming)
+    made = json.loads((folder_of(tmp_path) / 'manifest.json').read_text())
+    for key in ('split', 'documents', 'bytes', 'tokens'):
+        assert made[key] == golden[key]
+    for split, shards in golden['shards'].items():
+        assert [(shard['file'], shard['sha256']) for shard in made['shards'][split]] == [
+            (shard['file'], shard['sha256']) for shard in shards
+        ]
 
 
 @pytest.mark.slow
@@ -168,19 +187,85 @@ def test_what_the_hub_does_not_have_is_refused_by_name(hub, run_prepare):
     assert 'only id, text' in message
 
 
-def test_a_dataset_in_another_format_is_read_from_the_hubs_conversion_unless_that_is_a_part(hub, run_prepare):
-    hub.datasets['me/lines'] = Dataset(
-        {'main': {'train.csv': b'text\n'}, 'refs/convert/parquet': {'default/train/0000.parquet': parquet(WEB)}}
+def lines_file():
+    """WEB as JSON lines, with a row without text among them."""
+    rows = [{'id': n, 'text': text} for n, text in enumerate(WEB)]
+    return '\n'.join(map(json.dumps, [*rows, {'id': 400, 'text': None}])).encode()
+
+
+def csv_file():
+    """WEB as a table with a column before the text."""
+    file = io.StringIO()
+    csv.writer(file).writerows([('id', 'text'), *enumerate(WEB)])
+    return file.getvalue().encode()
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize(
+    ('path', 'content'),
+    [('data/train.jsonl', lines_file()), ('train.csv', csv_file()), ('train.jsonl.gz', gzip.compress(lines_file()))],
+)
+def test_every_format_that_datasets_reads_comes_to_the_same_tokens(
+    hub, run_prepare, tmp_path, path, content, streaming
+):
+    hub.datasets['me/data'] = Dataset({'main': {path: content}})
+    result = run_prepare('hub:me/data', validation_fraction=0.1, streaming=streaming)
+    assert sorted(result['train'] + result['validation']) == sorted(WEB)
+    assert [text for text in WEB if text in result['train']] == result['train']
+    source = json.loads((folder_of(tmp_path) / 'manifest.json').read_text())['source']
+    assert source['commit'] == hub.datasets['me/data'].commit('main')
+    assert source['format'] == ('csv' if 'csv' in path else 'json')
+    kept = list(tmp_path.glob('hf/hub/datasets--me--data/snapshots/*/**/train.*'))
+    assert len(kept) == (0 if streaming else 1)
+    assert not list(tmp_path.glob('hf/datasets/**/*.arrow'))  # no second copy of the text
+
+
+def test_what_a_card_says_of_its_format_is_heeded(hub, run_prepare):
+    configs = [{'config_name': 'default', 'data_files': 'table.csv', 'sep': ';'}]
+    table = 'id;text\n' + ''.join(f'{n};{text.splitlines()[0]}\n' for n, text in enumerate(WEB))
+    hub.datasets['me/table'] = Dataset({'main': {'table.csv': table.encode()}}, {'configs': configs})
+    hub.datasets['me/table'].revisions['main']['README.md'] = card(configs)
+    result = run_prepare('hub:me/table', validation_fraction=0.1)
+    assert sorted(result['train'] + result['validation']) == sorted(text.splitlines()[0] for text in WEB)
+
+
+def test_what_datasets_cannot_read_is_read_from_the_hubs_conversion_unless_that_is_a_part(hub, run_prepare):
+    script = {'script.py': b'raise SystemExit', 'a.bin': b'x'}
+    hub.datasets['me/script'] = Dataset(
+        {'main': script, 'refs/convert/parquet': {'default/train/0000.parquet': parquet(WEB)}}
     )
-    assert len(run_prepare('hub:me/lines', validation_fraction=0.1)['train']) > 300
+    assert len(run_prepare('hub:me/script', validation_fraction=0.1)['train']) > 300
     hub.datasets['me/huge'] = Dataset(
-        {'main': {'a.csv': b'x'}, 'refs/convert/parquet': {'default/partial-train/0000.parquet': parquet(WEB)}}
+        {'main': {'a.bin': b'x'}, 'refs/convert/parquet': {'default/partial-train/0000.parquet': parquet(WEB)}}
     )
     message = line(run_prepare('hub:me/huge'))
     assert 'first 5 GB' in message
     assert 'hub:me/huge@refs/convert/parquet' in message
-    hub.datasets['me/none'] = Dataset({'main': {'a.csv': b'x'}, 'refs/convert/parquet': {}})
-    assert 'no parquet files' in line(run_prepare('hub:me/none'))
+    hub.datasets['me/none'] = Dataset({'main': {'a.bin': b'x'}, 'refs/convert/parquet': {}})
+    assert 'no files to train on' in line(run_prepare('hub:me/none'))
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_row_groups_of_a_file_are_shared_by_workers_and_come_back_in_order(hub, run_prepare, tmp_path, streaming):
+    hub.datasets['me/large'] = Dataset({'main': {'train.parquet': parquet(WEB, rows=30)}})
+    one = run_prepare('hub:me/large', validation_fraction=0.1, streaming=streaming)
+    shutil.rmtree(tmp_path / 'data')
+    several = run_prepare('hub:me/large', part_bytes=5000, validation_fraction=0.1, streaming=streaming, num_workers=2)
+    assert several['train'] == one['train']
+    assert several['validation'] == one['validation']
+    assert several['fingerprint'] == one['fingerprint']
+    assert len(list(folder_of(tmp_path).glob('train-*.bin'))) > 2
+
+
+def test_data_prepared_when_only_parquet_was_read_are_gone_on_with(hub, run_prepare, tmp_path):
+    first = run_prepare('openwebtext_10k', part_bytes=5000)
+    record = folder_of(tmp_path) / 'source.json'
+    source = json.loads(record.read_text())
+    record.write_text(json.dumps({key: value for key, value in source.items() if key not in ('format', 'options')}))
+    (folder_of(tmp_path) / 'manifest.json').unlink()
+    (folder_of(tmp_path) / 'train-00001.bin').unlink()
+    again = run_prepare('openwebtext_10k', part_bytes=5000)
+    assert again == first | {'lines': again['lines'], 'waited': again['waited']}
 
 
 @pytest.mark.slow

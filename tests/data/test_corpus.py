@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from gpt_jax.data import DataConfig, corpora, python_docs
+from gpt_jax.data import DataConfig, load_corpus, python_docs
 from gpt_jax.data.corpus import SPLITS
 from gpt_jax.errors import InputError
 
 
 def load(corpus='text', path=None, **keys):
-    return corpora.load(DataConfig(corpus, None if path is None else str(path), **keys))
+    return load_corpus(DataConfig(corpus, None if path is None else str(path), **keys))
 
 
 def error_line(function, *args):
@@ -58,7 +58,7 @@ def test_python_docs_hold_no_path_of_this_machine(docs):
 
 def test_python_docs_are_the_same_in_another_process(docs):
     code = (
-        'import hashlib; from gpt_jax.data import DataConfig, corpora; c = corpora.load(DataConfig());'
+        'import hashlib; from gpt_jax.data import DataConfig, load_corpus; c = load_corpus(DataConfig());'
         'print(c.fingerprint, hashlib.sha256("".join(c.documents("train")).encode()).hexdigest())'
     )
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path), 'PYTHONHASHSEED': '7'}
@@ -99,12 +99,12 @@ def test_library_files_that_are_broken_or_silent_are_skipped(tmp_path, monkeypat
 
 def test_python_docs_fingerprint_follows_the_library_and_ignores_its_place(tmp_path, monkeypatch):
     root = small_library(tmp_path, monkeypatch)
-    before = python_docs.fingerprint()
+    before = python_docs.library_fingerprint()
     root.rename(tmp_path / 'moved')
     monkeypatch.setattr(python_docs, 'library_root', lambda: tmp_path / 'moved')
-    assert python_docs.fingerprint() == before
+    assert python_docs.library_fingerprint() == before
     (tmp_path / 'moved' / 'silent.py').write_text('x = 10')
-    assert python_docs.fingerprint() != before
+    assert python_docs.library_fingerprint() != before
 
 
 def test_text_file_is_split_by_characters_at_nine_tenths(tmp_path):

@@ -4,9 +4,15 @@ import json
 import numpy as np
 import pytest
 
-from gpt_jax.data import DataConfig, corpus, inspection, prepare
-from gpt_jax.data.inspection import inspect
+from gpt_jax.data import DataConfig, corpus, prepare, shards
+from gpt_jax.data.shards import inspect
 from gpt_jax.errors import InputError
+
+
+def prepare_one(*args, **keys):
+    """What `prepare` makes of a single corpus."""
+    (prepared,) = prepare(*args, **keys).prepared.values()
+    return prepared
 
 
 @pytest.fixture
@@ -16,11 +22,11 @@ def prepared(tmp_path, monkeypatch):
     path = tmp_path / 'text.txt'
     path.write_text('\n\n'.join('abc'[n % 3] * n for n in range(1, 61)))
     config = DataConfig('text', str(path), documents='block', tokenizer='char', cache_dir=str(tmp_path / 'cache'))
-    return prepare(dataclasses.replace(config, validation_fraction=0.2), log=lambda line: None)
+    return prepare_one(dataclasses.replace(config, validation_fraction=0.2), log=lambda line: None)
 
 
 def test_the_report_tells_counts_vocabulary_lengths_and_windows(prepared, monkeypatch):
-    monkeypatch.setattr(inspection, 'STRETCH', 37)  # documents go over its ends
+    monkeypatch.setattr(shards, 'STRETCH', 37)  # documents go over its ends
     lines = list(inspect(prepared.folder))
     text = '\n'.join(lines)
     for split, tokens in (('train', prepared.train), ('validation', prepared.validation)):
@@ -66,7 +72,7 @@ def test_replaced_bytes_are_reported(tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'ab\xff cd' * 20)
     lines = []
     config = DataConfig('text', str(tmp_path / 'a.txt'), tokenizer='char', cache_dir=str(tmp_path / 'cache'))
-    prepared = prepare(dataclasses.replace(config, invalid_bytes='replace'), log=lines.append)
+    prepared = prepare_one(dataclasses.replace(config, invalid_bytes='replace'), log=lines.append)
     assert any(line.endswith('20 times U+FFFD in the place of invalid bytes') for line in lines)
     assert json.loads((prepared.folder / 'manifest.json').read_text())['replaced_bytes'] == 20
     assert 'invalid bytes: 20 times U+FFFD in their place' in list(inspect(prepared.folder))

@@ -1,6 +1,6 @@
 import random
 
-from gpt_jax.data.wikitext import articles
+from gpt_jax.data.hub import articles
 
 
 def rows_of(raw):
