@@ -23,8 +23,8 @@ from fractions import Fraction
 import numpy as np
 
 from gpt_jax.data import Batches, Tokenizer, Tokens, python_docs, read_header, write_shard
+from gpt_jax.data.batches import TokenSource
 from gpt_jax.data.corpus import Passage
-from gpt_jax.data.mixture import Source
 from gpt_jax.data.tokenizer import token_chunks, train_bpe
 
 TOKENISING_LEVEL, BATCH_LEVEL_MS, SHARDS_LEVEL = 0.9, 0.5, 1.0
@@ -52,8 +52,8 @@ def tokenising_share(tokenizer: Tokenizer, documents: list[str], rounds: int) ->
 
 def batch_ms(batches: Batches) -> float:
     """Median milliseconds of a batch."""
-    batches[0]
-    return 1000 * statistics.median(seconds(lambda step=step: batches[step]) for step in range(1, 301))
+    batches.rows(0)
+    return 1000 * statistics.median(seconds(lambda step=step: batches.rows(step)) for step in range(1, 301))
 
 
 def open_seconds(folder: pathlib.Path, tokenizer: Tokenizer) -> float:
@@ -94,7 +94,7 @@ def main() -> None:
         ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, 20_000_000)
         tokens = Tokens([write_shard(folder / 'tokens.bin', [ids], tokenizer)])
         plain = batch_ms(Batches(tokens, 8, 1024, seed=0))
-        sources = [Source(str(weight), tokens, Fraction(weight)) for weight in (6, 3, 1)]
+        sources = [TokenSource(str(weight), tokens, Fraction(weight)) for weight in (6, 3, 1)]
         masked = batch_ms(Batches(sources, 8, 1024, seed=0, end_of_text=tokenizer.end_of_text))
         opened = open_seconds(folder, tokenizer)
         count, longest = stalls(folder / 'run')

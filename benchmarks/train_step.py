@@ -21,10 +21,9 @@ import optax
 
 from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPT2
-from gpt_jax.parallel import MeshConfig, make_mesh
+from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.state import init_state
-from gpt_jax.training.step import make_put_batch, make_train_step
+from gpt_jax.training.step import init_state, make_train_step
 
 try:
     import torch
@@ -87,13 +86,13 @@ def jax_step(size: Size, model: GPT) -> Step:
     settings = OptimizerConfig(LEARNING_RATE, 0.9, 0.95, epsilon=1e-8, weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
     schedule, mesh = optax.constant_schedule(LEARNING_RATE), make_mesh(MeshConfig())
     optimizer = make_optimizer(settings, schedule)
-    step, put = make_train_step(model, optimizer, schedule, mesh), make_put_batch(mesh)
+    step, where = make_train_step(model, optimizer, schedule, mesh), batch_sharding(mesh)
     state, data = init_state(model, optimizer, mesh, seed=0), batches(size)
 
     def run() -> None:
         nonlocal state
         tokens, targets = next(data)
-        state, metrics = step(state, put({'tokens': tokens, 'targets': targets}))
+        state, metrics = step(state, jax.device_put({'tokens': tokens, 'targets': targets}, where))
         jax.block_until_ready((state, metrics))
 
     return run

@@ -2,17 +2,28 @@
 
     python -m gpt_jax.plan --config=configs/gpt3.py:13b --devices=256 --device_kind='TPU v5p' --config.mesh.fsdp=256
 
-Nothing is trained and nothing large is allocated. With --topology=v5p:8x8x8 the real training step is compiled by the
-TPU compiler, without a TPU (pip install -e '.[tpu-aot]'): what it says of memory is no estimate.
+Nothing is trained and nothing large is allocated. With --topology the real training step is compiled for devices that
+need not be here, and the compiler's own account of its memory stands beside the estimate: v5p:8x8x8 by the TPU compiler
+(pip install -e '.[tpu-aot]'), h100:8 by the GPU's (pip install -e '.[cuda12]'), cpu:8 by the CPU's.
 """
 
 import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from gpt_jax import cli
 from gpt_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import jax
+
+    from gpt_jax import planning
+    from gpt_jax.config import RunConfig
+    from gpt_jax.models import GPTConfig
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
 DEVICES = flags.DEFINE_integer('devices', None, "devices to plan for (default: the topology's, else 1)")
@@ -22,7 +33,7 @@ MFU = flags.DEFINE_float('mfu', 0.4, 'share of the peak that training uses, abov
 DOLLARS = flags.DEFINE_float('dollars_per_device_hour', None, 'price of one device for an hour')
 BATCH = flags.DEFINE_integer('decode_batch', 1, 'sequences of the key-value cache')
 LENGTH = flags.DEFINE_integer('decode_length', None, 'tokens of the key-value cache (default: model.block_size)')
-TOPOLOGY = flags.DEFINE_string('topology', None, 'TPUs to compile the training step for, such as v5p:8x8x8')
+TOPOLOGY = flags.DEFINE_string('topology', None, 'devices to compile the step for: v5p:8x8x8, h100:8, cpu:8')
 VERIFY = flags.DEFINE_bool('verify', False, 'with --topology: compile the first change that is proposed, too')
 JSON = flags.DEFINE_bool('json', False, 'print one JSON object')
 
@@ -36,7 +47,7 @@ def main() -> None:
     # Nothing is run: devices that are here stay free for others.
     jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
-    from gpt_jax.training import plans, prefer_overrides, resolve
+    from gpt_jax.training import prefer_overrides, resolve
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     run = resolve(config)
@@ -46,46 +57,114 @@ def main() -> None:
         raise InputError(f'--devices={count}, but --topology={TOPOLOGY.value} has {len(devices)}; leave --devices out')
     kind = devices[0].device_kind if devices else DEVICE_KIND.value
     device = planning.find_device(kind, known=devices is None)
-    setup = planning.Setup.of(
-        plans.model_config(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
+    placement = planning.Placement.of(
+        _planned_model(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
     )
+    on_cpu = bool(devices) and planning.topology_compiler(TOPOLOGY.value) == 'cpu'
 
-    def memory(setup: planning.Setup) -> planning.Memory:
-        return planning.setup_memory(setup, plans.abstract_state_of(run, setup.config, setup.mesh))
+    def memory(placement: planning.Placement) -> planning.Memory:
+        return planning.training_memory(placement, _abstract_state(run, placement), on_cpu)
 
-    length = LENGTH.value or setup.config.block_size
-    if length > setup.config.block_size:
-        raise InputError(f'--decode_length={length} exceeds model.block_size={setup.config.block_size}')
+    def compiled(placement: planning.Placement) -> dict[str, Any]:
+        answer = planning.compile_step(lambda: _lower_step(run, placement, devices))
+        return planning.compiled_section(TOPOLOGY.value, answer, limit)
+
+    length = LENGTH.value or placement.config.block_size
+    if length > placement.config.block_size:
+        raise InputError(f'--decode_length={length} exceeds model.block_size={placement.config.block_size}')
     peak = PEAK_TFLOPS.value * 1e12 if PEAK_TFLOPS.value else device and device.peak_flops
     limit = device and device.memory_bytes
-    estimate = memory(setup)
+    estimate = memory(placement)
     plan = {'name': config_flags.get_config_filename(flags.FLAGS['config']), 'device_kind': kind}
-    plan |= plans.recipe_section(run) | planning.model_section(setup, plans.training_tokens(run))
-    plan['memory'] = planning.memory_section(setup, estimate, limit)
-    plan['decode_cache'] = planning.cache_section(setup, BATCH.value, length)
+    plan |= _recipe_section(run) | planning.model_section(placement, _training_tokens(run))
+    plan['memory'] = planning.memory_section(placement, estimate, limit)
+    plan['decode_cache'] = planning.cache_section(placement, BATCH.value, length)
     flops = plan['training_flops']['total']
-    plan['cost'] = planning.cost_section(setup, flops, peak, MFU.value, DOLLARS.value)
+    plan['cost'] = planning.cost_section(placement, flops, peak, MFU.value, DOLLARS.value)
     fits = limit is None or estimate.total <= limit
     if devices:
-        plan['compiled'] = planning.compiled_section(TOPOLOGY.value, _compile(run, setup, devices))
+        plan['compiled'] = compiled(placement)
         fits = plan['compiled']['fits']
         limit = plan['compiled']['available_bytes'] or limit
     if not fits:
-        found, any_fits = planning.advice(setup, limit, memory)
-        plan['advice'] = planning.advice_section(setup, found, any_fits)
+        found, any_fits = planning.advice(placement, limit, memory)
+        plan['advice'] = planning.advice_section(placement, found, any_fits)
         if devices and VERIFY.value and any_fits:
-            verified = planning.compiled_section(TOPOLOGY.value, _compile(run, found[0][0], devices))
-            plan['advice']['verified'] = verified
+            plan['advice']['verified'] = compiled(found[0][0])
     print(json.dumps(plan) if JSON.value else planning.render(plan))
 
 
-def _compile(run, setup, devices):
-    from gpt_jax import planning
-    from gpt_jax.training import plans
+def _recipe_section(run: 'RunConfig') -> dict[str, Any]:
+    """`recipe`, name -> value and source, and `notes`, sentences."""
+    from gpt_jax.config import as_dict
+    from gpt_jax.training import recipe
 
-    return planning.compile_step(
-        lambda: plans.lower_step(run, setup.config, setup.mesh, setup.accumulation_steps, devices)
-    )
+    model = run.model
+    found = recipe.provenance(as_dict(run)) | recipe.facts(model.version, model.preset)
+    return {
+        'recipe': {name: {'value': value.value, 'source': value.source} for name, value in found.items()},
+        'notes': recipe.notes(model.preset),
+    }
+
+
+def _planned_model(run: 'RunConfig') -> 'GPTConfig':
+    """The architecture; where the corpus decides on the vocabulary, the size that the config asks for.
+
+    A run trains a tokenizer of at most `data.vocab_size` tokens, or takes GPT-2's. Only the data tell how many
+    characters there are: 256 stand for them.
+    """
+    from gpt_jax.models import PRESETS
+    from gpt_jax.training.recipe import model_config
+
+    sizes = {'bpe': run.data.vocab_size, 'char': 256}
+    gpt2 = PRESETS['gpt2-small'].vocab_size
+    return model_config(run, run.model.vocab_size or sizes.get(run.data.tokenizer, gpt2))
+
+
+def _training_tokens(run: 'RunConfig') -> int | None:
+    """Tokens of the whole run; None where its length is in epochs of a corpus that is not at hand."""
+    tokens_per_step = run.train.batch_size * run.model.block_size
+    if run.train.steps is not None:
+        return run.train.steps * tokens_per_step
+    if run.train.tokens is None:
+        return None
+    return math.ceil(run.train.tokens / tokens_per_step) * tokens_per_step
+
+
+def _abstract_state(run: 'RunConfig', placement: 'planning.Placement', mesh: Any = None) -> Any:
+    """The training state as sharded ShapeDtypeStructs, on `mesh` or on one of devices that need not be here."""
+    import optax
+
+    from gpt_jax.models import GPT
+    from gpt_jax.parallel import make_abstract_mesh
+    from gpt_jax.training.optimizer import make_optimizer
+    from gpt_jax.training.step import abstract_state
+
+    # The schedule's form does not change the state's.
+    optimizer = make_optimizer(run.optimizer, optax.constant_schedule(run.optimizer.learning_rate))
+    if mesh is None:
+        mesh = make_abstract_mesh(placement.mesh, placement.devices)
+    return abstract_state(GPT(placement.config), optimizer, mesh)
+
+
+def _lower_step(run: 'RunConfig', placement: 'planning.Placement', devices: 'Sequence[jax.Device]') -> Any:
+    """The real training step, lowered for `devices`."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from gpt_jax.models import GPT
+    from gpt_jax.parallel import batch_sharding, make_mesh
+    from gpt_jax.training.optimizer import make_optimizer
+    from gpt_jax.training.step import make_train_step
+
+    config, mesh = placement.config, make_mesh(placement.mesh, devices)
+    schedule = optax.constant_schedule(run.optimizer.learning_rate)
+    optimizer = make_optimizer(run.optimizer, schedule)
+    step = make_train_step(GPT(config), optimizer, schedule, mesh, placement.accumulation_steps, run.train.seed)
+    shape = (placement.batch_size, config.block_size)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    return step.lower(_abstract_state(run, placement, mesh), {'tokens': tokens, 'targets': tokens})
 
 
 def _check_flags() -> None:
@@ -95,7 +174,7 @@ def _check_flags() -> None:
         if flag.value is not None and not 0 < flag.value < float('inf'):
             raise InputError(f'--{flag.name}={flag.value} must be above 0')
     if VERIFY.value and not TOPOLOGY.value:
-        raise InputError('--verify needs --topology: it is the TPU compiler that verifies')
+        raise InputError('--verify needs --topology: it is a compiler that verifies')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,14 @@
 """Settings every test shares: eight simulated CPU devices, caches of its own; and a tiny experiment, run once."""
 
 import atexit
+import json
 import os
 import pathlib
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 
@@ -88,6 +91,46 @@ def tiny_gpt2(corpus, tmp_path_factory):
     huggingface.save(folder, config, params)
     tokenizer.save(folder / 'tokenizer.json')
     return folder
+
+
+@pytest.fixture(scope='session')
+def two_processes():
+    """A function: a script -> what two processes of one jax.distributed print as their last line of JSON.
+
+    The script begins with `index` and `arguments`; jax knows all devices, `devices` of them in each process.
+    """
+
+    def run(script, *arguments, devices=1, timeout=240):
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+        head = (
+            'import sys, jax\n'
+            'index, arguments = int(sys.argv[1]), sys.argv[2:]\n'
+            f'jax.config.update("jax_num_cpu_devices", {devices})\n'
+            f'jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=index)\n'
+        )
+        environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+        environment['PYTHONPATH'] = os.pathsep.join(path for path in sys.path if path)
+        children = [
+            subprocess.Popen(
+                [sys.executable, '-c', head + script, str(index), *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            for index in range(2)
+        ]
+        try:
+            outputs = [child.communicate(timeout=timeout) for child in children]
+        finally:
+            for child in children:
+                child.kill()
+        assert [child.returncode for child in children] == [0, 0], outputs
+        return [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
+
+    return run
 
 
 @pytest.fixture(scope='session')

@@ -5,9 +5,8 @@ function of (seed, step).
 """
 
 from gpt_jax.config import DataConfig
+from gpt_jax.data.batches import Batches, TokenSource, ValidationBatches, document_positions, prefetch
 from gpt_jax.data.corpus import Corpus
-from gpt_jax.data.documents import document_places
-from gpt_jax.data.loader import Batches, prefetch, validation_batches
 from gpt_jax.data.pipeline import Prepared, TrainingData, load_corpus, prepare
 from gpt_jax.data.shards import ShardInfo, Tokens, read_header, write_shard
 from gpt_jax.data.tokenizer import Tokenizer
@@ -18,14 +17,15 @@ __all__ = [
     'DataConfig',
     'Prepared',
     'ShardInfo',
+    'TokenSource',
     'Tokenizer',
     'Tokens',
     'TrainingData',
-    'document_places',
+    'ValidationBatches',
+    'document_positions',
     'load_corpus',
     'prefetch',
     'prepare',
     'read_header',
-    'validation_batches',
     'write_shard',
 ]

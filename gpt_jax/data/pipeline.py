@@ -28,8 +28,8 @@ import tqdm
 from gpt_jax.config import DataConfig
 from gpt_jax.data import hub, local, python_docs
 from gpt_jax.data import tokenizer as tokenizers
+from gpt_jax.data.batches import TokenSource
 from gpt_jax.data.corpus import Corpus, empty_split
-from gpt_jax.data.mixture import Source
 from gpt_jax.data.parts import PARTS, Job, build_parts, lock, read_report, worthwhile
 from gpt_jax.data.shards import (
     TOKENIZER,
@@ -97,9 +97,9 @@ class TrainingData:
         return prints[0] if len(prints) == 1 else digest(*prints)
 
     @property
-    def train(self) -> tuple[Source, ...]:
+    def train(self) -> tuple[TokenSource, ...]:
         """The training splits, as `Batches` takes them."""
-        return tuple(Source(name, self.prepared[name].train, weight) for name, weight in self.weights.items())
+        return tuple(TokenSource(name, self.prepared[name].train, weight) for name, weight in self.weights.items())
 
 
 def prepare(

@@ -318,16 +318,16 @@ class DecodeState:
 class SamplingBatch:
     """A batch of texts, each growing by one token after another; requests join and leave between any two tokens.
 
-        batch = SamplingBatch(engine, rows=8, length=256, sampling, stopping)
+        batch = SamplingBatch(engine, 8, 256, sampling, stopping)
         rows = batch.add(requests)
         while batch.unfinished:
-            batch.advance(1)        # then look at batch.generations[row], add(...) more, remove(row) ...
+            batch.advance(1)        # then look at batch.by_row, add(...) more, remove(row) ...
 
     Here lives the host's side: texts and their windows onto the context, stop strings, results. What happens on the
     device is `start_rows` and `decode`, below.
 
     Attributes:
-      by_row: the request's continuation in each row of the batch, None where there never was one.
+      by_row: the continuation in each row, None where there is none; a finished one stays until its row is taken.
     """
 
     # Tokens that a step may write beyond the end of a text, and take back.
@@ -347,7 +347,9 @@ class SamplingBatch:
         """
         self._engine, self._stopping, self._seed = engine, stopping, seed
         self._chain = sampling.chain(engine.model.config.vocab_size, stopping.end_of_text)
-        self._length = min(length, engine.model.config.block_size)  # what a window holds at most
+        block_size = engine.model.config.block_size
+        self._length = min(length, block_size)  # tokens of the longest window
+        self._slots = padded_length(self._length + self.slack, block_size + self.slack)  # of the cache
         rows = engine.batch_size(rows)
         self.by_row: list[Generation | None] = [None] * rows
         # What is on the device as well. Rows without a request are done.
@@ -403,10 +405,9 @@ class SamplingBatch:
         """Chooses at most `steps` tokens more for each row, at least one for one of them."""
         if self._is_stale:
             self._place()
-        # A window is read anew where it has outgrown the context: positions are learned, the cache cannot slide.
-        slots = padded_length(self._length + self.slack, self._engine.model.config.block_size + self.slack)
+        # Where a text has outgrown the context, a new window is read: positions are learned, so the cache cannot slide.
         for row in np.flatnonzero(~self._done_B).tolist():
-            if self._lengths_B[row] - self._starts[row] - 1 >= slots:
+            if self._lengths_B[row] - self._starts[row] - 1 >= self._slots:
                 self._unread.add(row)
         if self._unread:
             self._start_rows()
@@ -445,7 +446,7 @@ class SamplingBatch:
             texts = [*windows.values()]
             texts += [[0]] * (self._engine.batch_size(len(texts)) - len(texts))
             logits_BV, cache = self._prefill(texts)
-            # Of the filled up rows nothing is kept: the row behind the last does not exist.
+            # Nothing is kept of what fills the batch up: there is no row behind the last.
             rows_R = np.array([*windows, *[len(self.by_row)] * (len(texts) - len(windows))], np.int32)
             state = self._state
         self._state = start_rows(state, logits_BV, cache, rows_R, self._stopping.max_new_tokens, self._chain)

@@ -13,7 +13,14 @@ from gpt_jax.parallel.mesh import (
     parse_mesh,
     target_device,
 )
-from gpt_jax.parallel.sharding import batch_sharding, parameter_spec, path_name, replicated, tree_shardings
+from gpt_jax.parallel.sharding import (
+    batch_sharding,
+    global_batch,
+    parameter_spec,
+    path_name,
+    replicated,
+    tree_shardings,
+)
 
 __all__ = [
     'AXES',
@@ -23,6 +30,7 @@ __all__ = [
     'batch_sharding',
     'constrain',
     'current_mesh',
+    'global_batch',
     'make_abstract_mesh',
     'make_mesh',
     'on_one_device',

@@ -4,9 +4,11 @@ There is no catch-all: after a rename a catch-all would replicate silently; here
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.errors import InputError
@@ -79,6 +81,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of token arrays [batch, time]: rows over the data axes, time over 'context'."""
     return NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), 'context'))
+
+
+def global_batch(
+    rows: Callable[[int, int], dict[str, np.ndarray]], shape: tuple[int, int], mesh: Mesh
+) -> dict[str, jax.Array]:
+    """A batch over all devices of `mesh`, of which every process makes the rows that its own devices hold.
+
+    Devices of several processes hold the same rows where 'tensor' or 'context' spans processes. Each asks for them by
+    their number in the whole batch, so that they are the same whatever process holds which device.
+
+    Args:
+      rows: (start, stop) -> named arrays [stop - start, time], the rows [start, stop) of the whole batch.
+      shape: [batch, time] of the whole batch.
+      mesh: the devices; `batch_sharding` says what each holds.
+    """
+    sharding = batch_sharding(mesh)
+    parts = sharding.addressable_devices_indices_map(shape).values()
+    spans = {rows_of_part.indices(shape[0])[:2] for rows_of_part, _ in parts}
+    made = {span: rows(*span) for span in sorted(spans)}  # once, however many devices here hold them
+
+    def array(name: str) -> jax.Array:
+        return jax.make_array_from_callback(
+            shape, sharding, lambda part: made[part[0].indices(shape[0])[:2]][name][:, part[1]]
+        )
+
+    return {name: array(name) for name in next(iter(made.values()))}
 
 
 def _check_divisible(mesh: Mesh, name: str, shape: tuple[int, ...], spec: PartitionSpec) -> None:

@@ -1,6 +1,6 @@
 """What a training would need, found out before it is started: memory, arithmetic, time, money."""
 
-from gpt_jax.planning.memory import Memory
+from gpt_jax.planning.memory import Memory, Placement, advice, training_memory
 from gpt_jax.planning.report import (
     advice_section,
     cache_section,
@@ -8,15 +8,14 @@ from gpt_jax.planning.report import (
     cost_section,
     memory_section,
     model_section,
+    render,
 )
-from gpt_jax.planning.setup import Setup, advice, setup_memory
-from gpt_jax.planning.text import render
-from gpt_jax.planning.topology import Compiled, compile_step, find_device, topology_devices
+from gpt_jax.planning.topology import Compiled, compile_step, find_device, topology_compiler, topology_devices
 
 __all__ = [
     'Compiled',
     'Memory',
-    'Setup',
+    'Placement',
     'advice',
     'advice_section',
     'cache_section',
@@ -27,6 +26,7 @@ __all__ = [
     'memory_section',
     'model_section',
     'render',
-    'setup_memory',
+    'topology_compiler',
     'topology_devices',
+    'training_memory',
 ]

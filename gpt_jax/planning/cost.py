@@ -5,7 +5,6 @@ import dataclasses
 import jax
 
 from gpt_jax.models import GPT, GPTConfig
-from gpt_jax.planning.liveness import array_bytes
 
 SECONDS_A_DAY = 86400
 
@@ -38,6 +37,9 @@ def cache_bytes(config: GPTConfig, batch: int, length: int) -> tuple[int, int]:
     Raises:
       ValueError: `length` exceeds the model's block_size.
     """
-    dense = dataclasses.replace(config, attention_pattern='dense')
-    sizes = (array_bytes(jax.eval_shape(lambda c=c: GPT(c).init_cache(batch, length))) for c in (config, dense))
-    return tuple(sizes)
+
+    def of(config: GPTConfig) -> int:
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: GPT(config).init_cache(batch, length)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    return of(config), of(dataclasses.replace(config, attention_pattern='dense'))

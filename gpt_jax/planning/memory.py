@@ -1,36 +1,122 @@
-"""How much memory a training step takes on each device, estimated without compiling it.
+"""How much memory a training step takes on each device: what the state holds, exactly, and activations by a formula.
 
-What the state holds is known exactly: every array of it, split as the sharding rules say. The rest is counted from the
-model itself, traced with one device's rows of a micro-batch (see `liveness`):
+The state is known to the byte: every array of parameters and optimizer, split as the sharding rules say, and float32
+gradients split like the parameters (twice with micro-batches: the sum and the newest).
 
-    gradients   float32, split like the parameters; twice with accumulation: the sum and the newest
-    kept        what the forward pass leaves for the backward pass, by layer: with `scan_layers` the residuals that one
-                layer's derivative asks for; unrolled, by how much one layer more raises the peak, since the compiler
-                then merges across layers what is made twice
-    working     the larger of two moments: a layer's backward pass beside its own parameters, and the final norm, the
-                chunk of logits and the gradient of the head
+Activations follow Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4,
+for the arrays that this model keeps. Of each token and layer, in multiples of d_model numbers of the compute dtype
+(m: mlp_expansion):
 
-With scanned layers all of these are held at once: the gradients of all layers are one array from the start. Unrolled,
-gradients come as kept activations go: what counts is the larger of both ends of the backward pass.
+    kept for the backward pass              none   dots   names   full   divided by mesh.tensor
+    layer input                                1      1       1      1   no
+    outputs of the two LayerNorms              2                         no
+    query, key, value                          3      3       3          yes
+    attention output, by heads                 1              1          yes
+    attention output, heads joined             1                         yes
+    attention projection                              1                  no
+    residual stream after attention            1                         no
+    MLP up projection                          m      m       m          yes
+    inside GELU: 4 arrays, unrolled 2         4m                         yes
+    GELU output                                m                         yes
+    in all, m = 4 (unrolled)             33 (25)      9       9      1
 
-Left out: what the compiler reserves for itself, communication buffers, and padding to the layout of a TPU's registers.
-Activations are not taken to be split along `tensor`, which makes the estimate too high there.
+The paper counts 34 bytes, 17 numbers of 16 bits, for m = 4: ours holds q, k, v and attention's output once more in
+another layout, and what JAX's derivative of tanh-GELU asks for. A scan stores all of it in stacks. Where layers are
+unrolled the compiler fuses half of GELU's inside into its neighbours. Beside the multiples of d_model:
+
+    log-sum-exp of attention, none and names   4 bytes x n_head
+    LayerNorm statistics, none                 16 bytes
+    dropout masks, none                        1 byte x d_model for each of resid_dropout and mlp_dropout
+    attention dropout, none                    (4 + c + 1) bytes x n_head x T: the probabilities in float32, those that
+                                               are left in the compute dtype of c bytes, and the mask. It is the
+                                               paper's 5as/h: no fused kernel has dropout. They replace attention's
+                                               output by heads and its log-sum-exp; no policy keeps them.
+
+No other [T, T] matrix is kept: attention makes its scores again, a block of queries at a time. At the worst moment of
+the backward pass there is besides, for one layer (`_layer_working`), what its policy makes again and its gradients; for
+the loss (`_loss_working`), a chunk of logits and their gradients. The larger of the two counts.
+
+Left out: buffers of communication, what the compiler reserves for itself, padding to a TPU's tiles, and the order that
+the compiler finds. `topology.compile_step` asks the compiler itself.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gpt_jax.errors import InputError
 from gpt_jax.models import GPTConfig
-from gpt_jax.models.gpt import Block, TokenInfo, run_layers
-from gpt_jax.models.layers import layer_norm
-from gpt_jax.models.losses import linear_cross_entropy
-from gpt_jax.planning.liveness import Liveness, array_bytes
+from gpt_jax.models.attention import MAX_BLOCKS, QUERY_BLOCK, SCORE_ELEMENTS
+from gpt_jax.models.losses import CHUNK_ELEMENTS
+from gpt_jax.parallel import MeshConfig, axis_sizes
+
+F32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A model on devices: one way to train it.
+
+    Attributes:
+      config: the model.
+      mesh: devices along each axis, -1 filled in.
+      batch_size: sequences a step, over all devices.
+      accumulation_steps: micro-batches that a step is cut into.
+
+    Raises:
+      InputError: the micro-batch cannot be divided over the mesh.
+    """
+
+    config: GPTConfig
+    mesh: MeshConfig
+    batch_size: int
+    accumulation_steps: int
+
+    def __post_init__(self):
+        rows, rest = divmod(self.batch_size, self.accumulation_steps * self.split)
+        if rest or not rows:
+            raise InputError(
+                f'train.batch_size={self.batch_size} in {self.accumulation_steps} micro-batches is not divisible by '
+                f'the {self.split} devices of mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp}; choose a '
+                f'multiple, or another mesh'
+            )
+
+    @classmethod
+    def of(
+        cls, config: GPTConfig, mesh: MeshConfig, devices: int, batch_size: int, accumulation_steps: int
+    ) -> 'Placement':
+        """On so many devices; InputError where the mesh does not have them."""
+        return cls(config, MeshConfig(**axis_sizes(mesh, devices)), batch_size, accumulation_steps)
+
+    @property
+    def split(self) -> int:
+        """Devices that the rows of a batch are spread over."""
+        return self.mesh.data * self.mesh.fsdp
+
+    @property
+    def devices(self) -> int:
+        """All devices of the mesh."""
+        return self.split * self.mesh.tensor * self.mesh.context
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a micro-batch on one device."""
+        return self.batch_size // self.accumulation_steps // self.split
+
+    def flags(self, before: 'Placement') -> str:
+        """The command line that makes `before` this."""
+        keys = {
+            'model.remat': lambda p: p.config.remat,
+            'mesh.data': lambda p: p.mesh.data,
+            'mesh.fsdp': lambda p: p.mesh.fsdp,
+            'train.accumulation_steps': lambda p: p.accumulation_steps,
+        }
+        changed = ((key, get(self)) for key, get in keys.items() if get(self) != get(before))
+        return ' '.join(f'--config.{key}={value}' for key, value in changed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,126 +136,180 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
+def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memory:
+    """The memory of one device.
+
+    Args:
+      placement: the model and its devices.
+      state: the training state (`params`, `opt_state`) as sharded ShapeDtypeStructs.
+      cpu: as XLA's CPU backend does it: numbers of 16 bits are held as 32, and where layers are unrolled it merges what
+        rematerialisation makes again with what was made before, so that nothing is saved.
+    """
+    config, mesh = placement.config, placement.mesh
+    if cpu and not config.scan_layers:
+        config = dataclasses.replace(config, remat='none')
+    itemsize = F32 if cpu else jnp.dtype(config.dtype).itemsize
+    tokens = placement.rows * config.block_size / mesh.context
+    of_token = sum(size / (mesh.tensor if split else 1) for _, size, split in kept_of_token(config, itemsize))
+    # Copies of parameters are split like these.
+    of_layer = tokens * of_token + _kept_weights(config, cpu) / (mesh.fsdp * mesh.tensor)
+    kept = config.n_layer * of_layer
+    layer, loss = _layer_working(config, mesh, tokens, itemsize), _loss_working(config, mesh, tokens, itemsize)
+    gradients = sharded_bytes(state.params)
+    before = gradients if placement.accumulation_steps > 1 else 0  # the sum so far
+    if config.scan_layers:
+        # The gradients of all layers are one array from the start of the backward pass, which begins with the loss.
+        moments = ((before + gradients, kept, layer), (before, kept, loss))
+    else:
+        # Gradients come as kept activations go: what counts is the larger of both ends of the backward pass.
+        moments = ((before, kept, max(layer, loss)), (before + gradients, 0, 0))
+    token_ids = 2 * 4 * placement.batch_size // placement.split * config.block_size // mesh.context
+    return Memory(
+        sharded_bytes(state.params), sharded_bytes(state.opt_state), *map(int, max(moments, key=sum)), token_ids
+    )
+
+
 def sharded_bytes(tree: Any) -> int:
     """Bytes of a tree of sharded ShapeDtypeStructs on one device."""
     shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
     return sum(math.prod(shape) * itemsize for shape, itemsize in shapes)
 
 
-def training_memory(
-    config: GPTConfig,
-    params: Any,
-    optimizer: Any,
-    mesh: Mapping[str, int],
-    batch_size: int,
-    accumulation_steps: int,
-    cpu: bool = False,
-) -> Memory:
-    """The estimate for one device.
+def kept_of_token(config: GPTConfig, itemsize: int) -> list[tuple[str, float, bool]]:
+    """What a layer keeps of a token for its backward pass: name, bytes, and whether mesh.tensor divides them.
 
-    Args:
-      config: the model.
-      params: its parameters as sharded ShapeDtypeStructs.
-      optimizer: the rest of the training state, likewise.
-      mesh: devices along each axis.
-      batch_size: sequences a step, over all devices.
-      accumulation_steps: micro-batches a step.
-      cpu: as XLA's CPU backend does it, which has no arithmetic of 16 bits.
+    The table above, for the model's policy; `itemsize` is that of the numbers that activations are held in.
     """
-    split = mesh['data'] * mesh['fsdp']
-    rows = max(1, batch_size // accumulation_steps // split)
-    kept_rows, kept_weights, layer_working = _layers(config, rows, cpu, mesh['fsdp'] > 1)
-    # Residuals made of parameters alone (copies in the compute dtype) are split like these.
-    kept = config.n_layer * (kept_rows / mesh['context'] + kept_weights / (mesh['fsdp'] * mesh['tensor']))
-    working = max(layer_working, _head(config, rows, cpu)) / mesh['context']
-    gradients = sharded_bytes(params)
-    before = gradients if accumulation_steps > 1 else 0  # the sum so far
-    if config.scan_layers:
-        held = (before + gradients, kept, working)
+    d, f, heads = config.d_model * itemsize, config.d_mlp * itemsize, config.n_head
+    inside_gelu = 4 if config.scan_layers else 2
+    masks = (config.resid_dropout > 0) + (config.mlp_dropout > 0)
+    rows = [
+        ('layer input', d, False, 'none dots names full'),
+        ('LayerNorm outputs', 2 * d, False, 'none'),
+        ('LayerNorm statistics', 4 * F32, False, 'none'),
+        ('query, key, value', 3 * d, True, 'none dots names'),
+        ('attention output, heads joined', d, True, 'none'),
+        ('attention projection', d, False, 'dots'),
+        ('residual stream after attention', d, False, 'none'),
+        ('MLP up projection', f, True, 'none dots names'),
+        ('inside GELU', inside_gelu * f, True, 'none'),
+        ('GELU output', f, True, 'none'),
+        ('dropout masks', masks * config.d_model, False, 'none'),
+    ]
+    if config.attention_dropout > 0:
+        # The softmax's own residuals are the row's maximum and sum; the mask takes a byte.
+        rows.append(('attention probabilities', heads * config.block_size * (F32 + itemsize + 1), True, 'none'))
+        rows.append(('softmax statistics', 2 * heads * F32, True, 'none'))
     else:
-        held = max((before, kept, working), (before + gradients, 0, 0), key=sum)
-    tokens = 2 * 4 * batch_size // split * config.block_size // mesh['context']
-    return Memory(sharded_bytes(params), sharded_bytes(optimizer), *map(int, held), tokens)
+        rows.append(('attention output, by heads', d, True, 'none names'))
+        rows.append(('attention log-sum-exp', heads * F32, True, 'none names'))
+    return [(name, size, split) for name, size, split, policies in rows if config.remat in policies.split()]
 
 
-@functools.cache
-def _layers(config: GPTConfig, rows: int, cpu: bool, gathered: bool) -> tuple[float, float, int]:
-    """Kept by a layer because of its activations and because of its parameters, and a layer's working memory."""
-    # Linear in the rows; what is there whatever their number is made of parameters.
-    if config.scan_layers:
-        one, two = _kept_of_scanned(config, 1, cpu), _kept_of_scanned(config, 2, cpu)
-        kept, weights = (two - one) * rows, max(0.0, 2 * one - two)
-        working = _working_of_scanned(config, rows, cpu, gathered)
+def _layer_parameters(config: GPTConfig) -> int:
+    """Of one layer's four matrices."""
+    return 2 * config.d_model * (2 * config.d_model + config.d_mlp)
+
+
+def _kept_weights(config: GPTConfig, cpu: bool) -> float:
+    """Bytes of a layer's parameters that are kept in another form than the state's."""
+    matrices, itemsize = _layer_parameters(config), jnp.dtype(config.dtype).itemsize
+    if config.remat != 'none':
+        # Dense and banded layers in turn are scanned in pairs, over slices of the stacked parameters.
+        return matrices * F32 if config.scan_layers and config.has_bands else 0
+    if itemsize < F32:
+        return matrices * (F32 if cpu else itemsize)
+    # In float32 those of attention are reshaped, and others used as they are, but for the slices.
+    return F32 * (matrices if config.scan_layers and config.has_bands else 4 * config.d_model**2)
+
+
+def _layer_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize: int) -> float:
+    """Bytes that the backward pass of one layer works with, besides what was kept for it."""
+    d, f = config.d_model * itemsize, config.d_mlp * itemsize
+    # Made again: the outputs of both LayerNorms, the residual stream between them, q, k and v, attention's output with
+    # its heads joined, and where it is not kept by heads ('names' does) that as well.
+    remade = {'none': 0, 'names': 3 * d + 4 * d / mesh.tensor}.get(config.remat, 3 * d + 5 * d / mesh.tensor)
+    # The gradients of GELU's output and input, the output itself, and the up projection.
+    mlp = {'none': 2, 'full': 4}.get(config.remat, 3) * f
+    # The gradients of attention's output, of q, k and v in float32, and of these joined.
+    blocks = max(_block_bytes(config, tokens, itemsize, config.band(layer)) for layer in (0, 1))
+    attention = 4 * d + 3 * config.d_model * F32 + blocks
+    weights = _layer_parameters(config) * itemsize  # cut out of the stack, gathered or converted
+    if mesh.fsdp > 1:
+        weights += config.d_model * config.d_mlp * F32  # the gradient of a matrix, before it is split
+    return weights / mesh.tensor + tokens * (d + remade + max(mlp, attention) / mesh.tensor)  # d: that of the output
+
+
+def _block_bytes(config: GPTConfig, tokens: float, itemsize: int, band: int | None) -> float:
+    """Bytes for each token that attention's backward pass holds of the blocks it works on; see models/attention.py.
+
+    Float32 scores, probabilities and the gradients of either. In a banded layer also a copy of the window of keys and
+    of values that each block sees, and their gradients.
+    """
+    time, copies = config.block_size, 0.0
+    if config.attention_dropout > 0:
+        scores = time  # for each token and head: all of them at once
+    elif band is None or band >= time:
+        scores = min(time, max(QUERY_BLOCK, time / MAX_BLOCKS))
     else:
-        (one, working), (two, _) = _unrolled(config, rows, cpu), _unrolled(config, 2 * rows, cpu)
-        kept, weights = two - one, max(0.0, 2 * one - two)
-    if (config.scan_layers or gathered) and (cpu or config.dtype == jnp.float32):
-        # Its parameters, cut out of the stack or gathered; in another dtype they are counted where they are converted.
-        working += array_bytes(_chain(config, rows, 1, scan=False)[1])
-    return kept, weights, working
+        size = min(QUERY_BLOCK, band)
+        window = size * (1 + math.ceil((band - 1) / size))
+        scores = min(window, max(SCORE_ELEMENTS / (tokens * config.n_head), size * window / time))
+        copies = 2 * config.d_model * (itemsize + F32) * scores / size
+    return 3 * config.n_head * scores * F32 + copies
 
 
-@functools.cache
-def _kept_of_scanned(config: GPTConfig, rows: int, cpu: bool) -> float:
-    """Bytes that one scanned layer keeps: the residuals of the scan."""
-    count = _period(config)
-    chain, params, x_BTD = _chain(config, rows, count, scan=True)
-    residuals = jax.make_jaxpr(lambda p, x: jax.tree.leaves(jax.vjp(chain, p, x)[1]))(params, x_BTD)
-    return Liveness(residuals, cpu).results() / count
+def _loss_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize: int) -> float:
+    """Bytes that the final norm and the loss work with, forward and backward."""
+    vocab = config.padded_vocab_size / mesh.tensor
+    logits = min(tokens * vocab, CHUNK_ELEMENTS) * (F32 + itemsize)  # and their gradients
+    # Its gradient, that of a chunk beside it where there are several, and its copy in the compute dtype.
+    head = vocab * config.d_model * (F32 * (2 if tokens * vocab > CHUNK_ELEMENTS else 1) + itemsize)
+    return logits + head + 3 * tokens * config.d_model * itemsize  # its input, the gradients of that and of the norm's
 
 
-def _working_of_scanned(config: GPTConfig, rows: int, cpu: bool, gathered: bool) -> int:
-    """Bytes that the backward pass of one scanned layer works with, besides what was kept for it."""
-    # Gathered gradients are handed on, split again, layer by layer; others stay until their group is done.
-    chain, layers, x_BTD = _chain(config, rows, 1 if gathered else _period(config), scan=False)
-    pull = jax.eval_shape(lambda p, x: jax.vjp(chain, p, x)[1], layers, x_BTD)
-    return Liveness(jax.make_jaxpr(lambda pull, dx: pull(dx))(pull, x_BTD), cpu).peak()
+def smaller(placement: Placement) -> Iterator[Placement]:
+    """The same training with less memory: rematerialisation, more of fsdp, smaller micro-batches."""
+    meshes = [placement.mesh]
+    if placement.mesh.data > 1 and placement.config.d_model % placement.split == 0:
+        meshes.append(dataclasses.replace(placement.mesh, data=1, fsdp=placement.split))
+    remats = {'none': ('none', 'names', 'full'), 'full': ('full',)}.get(
+        placement.config.remat, (placement.config.remat, 'full')
+    )
+    rows = placement.batch_size // placement.split
+    doubled = [placement.accumulation_steps * 2**power for power in range(rows.bit_length())]
+    steps = [count for count in (*doubled, rows) if rows % count == 0]
+    for mesh in meshes:
+        for count in steps:
+            for remat in remats:
+                config = dataclasses.replace(placement.config, remat=remat)
+                changed = Placement(config, mesh, placement.batch_size, count)
+                if changed != placement:
+                    yield changed
 
 
-def _unrolled(config: GPTConfig, rows: int, cpu: bool) -> tuple[float, int]:
-    """Bytes that one unrolled layer keeps, and those that the first one needs besides."""
+def advice(
+    placement: Placement, limit: int, memory: Callable[[Placement], Memory], count: int = 3
+) -> tuple[list[tuple[Placement, Memory]], bool]:
+    """The least changes after which the estimate is within `limit` bytes.
 
-    def peak(count: int) -> int:
-        chain, layers, x_BTD = _chain(config, rows, count, scan=False)
-        both = jax.make_jaxpr(lambda p, x, dx: jax.vjp(chain, p, x)[1](dx))(layers, x_BTD, x_BTD)
-        return Liveness(both, cpu).peak()
+    Returns:
+      Up to `count` pairs of placement and memory, fewest changes first, and True; or where none fits, the smallest, and
+      False.
+    """
 
-    period = _period(config)
-    one, two = peak(period), peak(2 * period)
-    return (two - one) / period, max(0, 2 * one - two)
+    def effort(changed: Placement) -> tuple:
+        # Recomputing less and fewer, larger micro-batches run faster.
+        keys = changed.flags(placement).count('--')
+        return keys, changed.accumulation_steps, ('none', 'names', 'dots', 'full').index(changed.config.remat)
 
-
-def _period(config: GPTConfig) -> int:
-    return 2 if config.has_bands else 1
-
-
-def _chain(config: GPTConfig, rows: int, count: int, scan: bool):
-    """`count` layers as a function of their parameters and x; abstract parameters, stacked for a scan; abstract x."""
-    few = dataclasses.replace(config, n_layer=count, scan_layers=scan)
-    info = TokenInfo.of(jnp.zeros((rows, 1), jnp.int32), None, None)
-
-    def block(x_BTD, layer_params, layer, band):
-        rngs = {'dropout': jax.random.fold_in(jax.random.key(0), layer)}
-        return Block(config, band, parent=None).apply({'params': layer_params}, x_BTD, info, rngs=rngs)
-
-    first = functools.partial(Block(config, parent=None).init, jax.random.key(0))
-    one = jax.eval_shape(first, jnp.zeros((rows, 1, config.d_model)), info)['params']
-    stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), one)
-    x_BTD = jax.ShapeDtypeStruct((rows, config.block_size, config.d_model), config.dtype)
-    return (lambda params, x: run_layers(few, block, params, x)), stacked if scan else (one,) * count, x_BTD
-
-
-@functools.cache
-def _head(config: GPTConfig, rows: int, cpu: bool) -> int:
-    """Working memory of the final norm and the loss, forward and backward."""
-
-    def loss(scale, bias, head_VD, x_BTD, targets_BT):
-        normal = layer_norm(x_BTD, scale, bias, config.layer_norm_epsilon, config.dtype)
-        return jnp.sum(linear_cross_entropy(normal, head_VD, targets_BT, config.vocab_size))
-
-    width = jax.ShapeDtypeStruct((config.d_model,), jnp.float32)
-    head_VD = jax.ShapeDtypeStruct((config.padded_vocab_size, config.d_model), jnp.float32)
-    x_BTD = jax.ShapeDtypeStruct((rows, config.block_size, config.d_model), config.dtype)
-    targets_BT = jax.ShapeDtypeStruct((rows, config.block_size), jnp.int32)
-    traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3)))(width, width, head_VD, x_BTD, targets_BT)
-    return Liveness(traced, cpu).peak()
+    fit, tried = [], []
+    for changed in sorted(set(smaller(placement)), key=effort):
+        tried.append((changed, memory(changed)))
+        if tried[-1][1].total <= limit:
+            fit.append(tried[-1])
+        if len(fit) == count:
+            break
+    if fit:
+        return fit, True
+    return sorted(tried, key=lambda pair: pair[1].total)[:1], False

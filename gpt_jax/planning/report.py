@@ -1,18 +1,23 @@
-"""What a plan says, as nested dicts of numbers whose names carry the unit."""
+"""What a plan says: as nested dicts of numbers whose names carry the unit, and as plain text of about a screen."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from gpt_jax.models.config import causal_flops_per_token, parameters_by_part, training_flops_per_token
 from gpt_jax.planning.cost import cache_bytes, training_cost
-from gpt_jax.planning.memory import Memory
-from gpt_jax.planning.setup import Setup
-from gpt_jax.planning.topology import Compiled
+from gpt_jax.planning.memory import Memory, Placement
+from gpt_jax.planning.topology import Compiled, topology_compiler
+
+GIB, MIB = 2**30, 2**20
+LABEL_WIDTH, VALUE_WIDTH = 28, 20
+
+Plan = Mapping[str, Any]
 
 
-def model_section(setup: Setup, tokens: int | None) -> dict[str, Any]:
+def model_section(placement: Placement, tokens: int | None) -> dict[str, Any]:
     """Counts of parameters and of arithmetic."""
-    config = setup.config
+    config = placement.config
     parts = parameters_by_part(config)
     embeddings = parts['token embedding'] + parts['position embedding']
     flops = training_flops_per_token(config)
@@ -31,15 +36,15 @@ def model_section(setup: Setup, tokens: int | None) -> dict[str, Any]:
     }
 
 
-def memory_section(setup: Setup, memory: Memory, limit: int | None) -> dict[str, Any]:
+def memory_section(placement: Placement, memory: Memory, limit: int | None) -> dict[str, Any]:
     """Bytes on one device."""
     return {
-        'devices': setup.devices,
-        'mesh': {axis: getattr(setup.mesh, axis) for axis in ('data', 'fsdp', 'tensor', 'context')},
-        'rows_per_device': setup.rows,
-        'accumulation_steps': setup.accumulation_steps,
-        'remat': setup.config.remat,
-        'compute': setup.config.compute_dtype,
+        'devices': placement.devices,
+        'mesh': {axis: getattr(placement.mesh, axis) for axis in ('data', 'fsdp', 'tensor', 'context')},
+        'rows_per_device': placement.rows,
+        'accumulation_steps': placement.accumulation_steps,
+        'remat': placement.config.remat,
+        'compute': placement.config.compute_dtype,
         'parameters_bytes': memory.parameters,
         'optimizer_bytes': memory.optimizer,
         'gradients_bytes': memory.gradients,
@@ -51,33 +56,165 @@ def memory_section(setup: Setup, memory: Memory, limit: int | None) -> dict[str,
     }
 
 
-def cache_section(setup: Setup, batch: int, length: int) -> dict[str, Any]:
+def cache_section(placement: Placement, batch: int, length: int) -> dict[str, Any]:
     """Bytes of the key-value cache in decoding."""
-    banded, dense = cache_bytes(setup.config, batch, length)
+    banded, dense = cache_bytes(placement.config, batch, length)
     return {'batch': batch, 'length': length, 'bytes': banded, 'dense_bytes': dense}
 
 
 def cost_section(
-    setup: Setup, flops: float | None, peak_flops: float | None, mfu: float, dollars_per_hour: float | None
+    placement: Placement, flops: float | None, peak_flops: float | None, mfu: float, dollars_per_hour: float | None
 ) -> dict[str, Any] | None:
     """Time and money; None where the arithmetic or the devices' peak is not known."""
     if flops is None or peak_flops is None:
         return None
-    cost = training_cost(flops, setup.devices, peak_flops, mfu, dollars_per_hour)
+    cost = training_cost(flops, placement.devices, peak_flops, mfu, dollars_per_hour)
     given = {'peak_flops_per_second': peak_flops, 'mfu': mfu, 'dollars_per_device_hour': dollars_per_hour}
     return dataclasses.asdict(cost) | given
 
 
-def compiled_section(topology: str, compiled: Compiled) -> dict[str, Any]:
-    """What the compiler said, in bytes on each device."""
+def compiled_section(topology: str, compiled: Compiled, limit: int | None) -> dict[str, Any]:
+    """What the compiler said, in bytes on each device; where it did not refuse, held against `limit`."""
     sizes = {f'{name}_bytes': size for name, size in dataclasses.asdict(compiled).items()}
-    return {'topology': topology, 'fits': compiled.available is None} | sizes
+    if compiled.available is None and limit is not None and compiled.needed > limit:
+        sizes['available_bytes'] = limit
+    compiler = f'the {topology_compiler(topology).upper()} compiler'
+    return {'topology': topology, 'compiler': compiler, 'fits': sizes['available_bytes'] is None} | sizes
 
 
-def advice_section(setup: Setup, found: list[tuple[Setup, Memory]], fits: bool) -> dict[str, Any]:
+def advice_section(placement: Placement, found: list[tuple[Placement, Memory]], fits: bool) -> dict[str, Any]:
     """Changes that would make it fit by the estimate, or the smallest that they can make it."""
     changes = [
-        {'flags': changed.flags(setup), 'total_bytes': memory.total, 'rows_per_device': changed.rows}
+        {'flags': changed.flags(placement), 'total_bytes': memory.total, 'rows_per_device': changed.rows}
         for changed, memory in found
     ]
     return {'fits': fits, 'changes': changes}
+
+
+def render(plan: Plan) -> str:
+    """The sections of a plan (see above), one below the other."""
+    sections = (_recipe, _parameters, _arithmetic, _memory, _cache, _cost, _compiled, _advice)
+    return '\n\n'.join('\n'.join(lines) for section in sections if (lines := section(plan)))
+
+
+def size(count: int) -> str:
+    """Bytes as GiB, or as MiB where they are few."""
+    return f'{count / GIB:,.2f} GiB' if count >= GIB / 10 else f'{count / MIB:,.2f} MiB'
+
+
+def _row(label: str, value: str, note: str = '') -> str:
+    return f'  {label:<{LABEL_WIDTH}} {value:>{VALUE_WIDTH}}  {note}'.rstrip()
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return 'not published'
+    if isinstance(value, int):
+        return f'{value:,}'
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def _recipe(plan: Plan) -> list[str]:
+    rows = [_row(name, _plain(entry['value']), entry['source']) for name, entry in plan['recipe'].items()]
+    notes = [f'  Note: {note}' for note in plan['notes']]
+    return [f'Recipe: {plan["name"]}', *rows, *notes]
+
+
+def _parameters(plan: Plan) -> list[str]:
+    found = plan['parameters']
+    total = found['total']
+    parts = [_row(f'  {part}', f'{count:,}', f'{count / total:.1%}') for part, count in found['parts'].items()]
+    without = _row('total without embeddings', f'{found["non_embedding"]:,}')
+    return ['Parameters', _row('total', f'{total:,}'), without, *parts]
+
+
+def _arithmetic(plan: Plan) -> list[str]:
+    found = plan['training_flops']
+    rule = '6 N + 12 D x keys of each layer: T if dense, else the mean of min(t, band)'
+    rows = [
+        _row('a token', f'{found["per_token"]:.4g} FLOP', rule),
+        _row('a token, unmasked work alone', f'{found["per_token_causal"]:.4g} FLOP', 'half of T in a dense layer'),
+    ]
+    if found['total'] is None:
+        rows.append(_row('in all', 'unknown', 'the run is given in epochs; give --config.train.tokens'))
+    else:
+        rows.append(_row('in all', f'{found["total"]:.4g} FLOP', f'{found["tokens"]:,} tokens'))
+    return ['Arithmetic of training', *rows]
+
+
+def _memory(plan: Plan) -> list[str]:
+    found = plan['memory']
+    mesh = ' x '.join(f'{axis} {count}' for axis, count in found['mesh'].items() if count > 1) or 'alone'
+    rows = f'{found["rows_per_device"]:,} sequences at once, {found["accumulation_steps"]:,} times a step'
+    parts = (
+        ('parameters', 'parameters_bytes', 'float32'),
+        ('optimizer', 'optimizer_bytes', "float32, Adam's two moments"),
+        ('gradients', 'gradients_bytes', 'float32, what is there at the peak'),
+        ('activations kept', 'kept_activations_bytes', f'{found["compute"]}, remat {found["remat"]}; {rows}'),
+        ('working memory', 'working_bytes', "one layer's backward pass, or the logits of a chunk"),
+        ('batch', 'batch_bytes', 'token ids'),
+    )
+    total, limit = found['total_bytes'], found['device_bytes']
+    share = '' if limit is None else f'{total / limit:.0%} of the {size(limit)} of a {plan["device_kind"]}'
+    lines = [_row(label, size(found[key]), note) for label, key, note in parts]
+    count = f'{found["devices"]:,} devices' if found['devices'] > 1 else '1 device'
+    return [f'Memory of a device in training, estimated ({count}: {mesh})', *lines, _row('total', size(total), share)]
+
+
+def _cache(plan: Plan) -> list[str]:
+    found = plan['decode_cache']
+    note = f'{size(found["dense_bytes"])} if all layers were dense' if found['dense_bytes'] != found['bytes'] else ''
+    label = f'{found["batch"]:,} x {found["length"]:,} tokens'
+    return ['Key-value cache of decoding', _row(label, size(found['bytes']), note)]
+
+
+def _cost(plan: Plan) -> list[str]:
+    found = plan['cost']
+    if found is None:
+        return ['Time', '  unknown: give --device_kind or --peak_tflops, and the length in steps or tokens']
+    peak = (
+        f'{found["peak_flops_per_second"] / 1e12:,.6g} TFLOP/s a device, of which {found["mfu"]:.0%} are used (--mfu)'
+    )
+    rows = [
+        _row('wall time', f'{found["days"]:,.2f} days', peak),
+        _row('use', f'{found["device_hours"]:,.0f} device hours'),
+    ]
+    if found['dollars'] is not None:
+        rows.append(
+            _row('cost', f'{found["dollars"]:,.0f} USD', f'{found["dollars_per_device_hour"]:g} USD a device hour')
+        )
+    return [f'Time on {plan["memory"]["devices"]:,} devices', *rows]
+
+
+def _compiled(plan: Plan) -> list[str]:
+    found = plan.get('compiled')
+    if found is None:
+        return []
+    title = f'Memory of a device, by {found["compiler"]} ({found["topology"]})'
+    if found['fits']:
+        rows = [_row(name, size(found[f'{name}_bytes'])) for name in ('arguments', 'outputs', 'temporaries')]
+        return [title, *rows, _row('total', size(found['needed_bytes']), 'it fits')]
+    what = 'temporaries alone' if found['temporaries_bytes'] else 'total'
+    return [title, _row(what, size(found['needed_bytes']), _verdict(found))]
+
+
+def _verdict(found: Plan) -> str:
+    if found['fits']:
+        return f'it fits, with {size(found["needed_bytes"])}'
+    over = size(found['needed_bytes'] - found['available_bytes'])
+    return f'does not fit: there are {size(found["available_bytes"])}, {over} too few'
+
+
+def _advice(plan: Plan) -> list[str]:
+    found = plan.get('advice')
+    if found is None:
+        return []
+    if not found['changes']:
+        return ['No change of remat, mesh or micro-batches is left that makes it smaller: take more devices.']
+    rows = [f'  {size(change["total_bytes"]):>12}  {change["flags"]}' for change in found['changes']]
+    if not found['fits']:
+        return ['By the estimate nothing fits on these devices: take more of them. The smallest is', *rows]
+    checked = []
+    if 'verified' in found:
+        checked = [f'  The first, by {found["verified"]["compiler"]}: {_verdict(found["verified"])}.']
+    return ['What would fit, by the estimate', *rows, *checked]

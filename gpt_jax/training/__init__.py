@@ -9,9 +9,9 @@ __all__ = ['RunConfig', 'TrainResult', 'prefer_overrides', 'recipe_values', 'res
 
 
 def __getattr__(name: str) -> Any:
-    # The loop brings checkpoints, TensorBoard and plots, which a plan has no use for: they take seconds to import.
+    # The trainer brings checkpoints, TensorBoard and plots, which a plan has no use for: they take seconds to import.
     if name in ('TrainResult', 'train'):
-        from gpt_jax.training import loop
+        from gpt_jax.training import trainer
 
-        return getattr(loop, name)
+        return getattr(trainer, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

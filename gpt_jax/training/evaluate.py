@@ -1,14 +1,17 @@
 """What a run measures and shows of itself: the validation loss, and previews of what it has learned."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from gpt_jax.data import Tokenizer, TrainingData, document_places, validation_batches
+from gpt_jax.data import TrainingData, ValidationBatches, document_positions
 from gpt_jax.models import GPT
+from gpt_jax.parallel import global_batch, replicated
 from gpt_jax.training.step import Batch, compiler_options
 
 PREVIEW_TOKENS = 48
@@ -16,7 +19,7 @@ PREVIEW_TOKENS = 48
 
 def evaluate(
     eval_step: Callable[[Any, Batch], dict[str, jax.Array]],
-    put_batch: Callable[[dict[str, Any]], Batch],
+    mesh: Mesh,
     params: Any,
     data: TrainingData,
     batch_size: int,
@@ -33,9 +36,8 @@ def evaluate(
     """
     losses, bytes_a_token = {}, {}
     for name, prepared in data.prepared.items():
-        processes = (jax.process_index(), jax.process_count())
-        batches = validation_batches(prepared.validation, batch_size, block_size, *processes, document_separator)
-        totals = _totals(eval_step, put_batch, params, batches, should_stop)
+        batches = ValidationBatches(prepared.validation, batch_size, block_size, document_separator)
+        totals = _totals(eval_step, mesh, params, batches, should_stop)
         if totals is None:
             return None
         # The first token of the split is never predicted.
@@ -53,13 +55,14 @@ def evaluate(
     return values | ({f'val_loss_{name}': value for name, value in losses.items()} if len(losses) > 1 else {})
 
 
-def _totals(eval_step, put_batch, params, batches, should_stop) -> tuple[float, float] | None:
+def _totals(eval_step, mesh, params, batches, should_stop) -> tuple[float, float] | None:
     """Nats and tokens over all batches, or None where it is to stop."""
     nats, tokens, pending = 0.0, 0.0, None
-    for batch in batches:
+    for step in range(len(batches)):
         if should_stop():
             return None
-        dispatched = eval_step(params, put_batch(batch))
+        shape = (batches.batch_size, batches.block_size)
+        dispatched = eval_step(params, global_batch(functools.partial(batches.rows, step), shape, mesh))
         if pending is not None:  # one batch behind, so that the device never waits and never runs far ahead
             nats, tokens = nats + float(pending['loss']), tokens + float(pending['tokens'])
         pending = dispatched
@@ -67,11 +70,11 @@ def _totals(eval_step, put_batch, params, batches, should_stop) -> tuple[float, 
 
 
 def make_teacher_forced_preview(
-    model: GPT, data: TrainingData, document_separator: int | None = None
+    model: GPT, data: TrainingData, mesh: Mesh, document_separator: int | None = None
 ) -> Callable[[Any], dict[str, str]]:
-    """A function of the parameters that shows the start of the first validation split beside the model's guesses.
+    """A function of the parameters that shows the start of the first validation split beside what the model predicts.
 
-    At each place the model sees the true text so far; its guess is the likeliest next token.
+    At each token the model sees the true text so far; what it predicts is the likeliest next token.
     """
     validation = next(iter(data.prepared.values())).validation
     count = min(PREVIEW_TOKENS, model.config.block_size, len(validation) - 1)
@@ -79,24 +82,21 @@ def make_teacher_forced_preview(
     info = {}
     if document_separator is not None:
         info = dict(
-            zip(('positions', 'documents'), document_places(tokens_1T[:, :-1], document_separator), strict=True)
+            zip(('positions', 'documents'), document_positions(tokens_1T[:, :-1], document_separator), strict=True)
         )
-    guess = jax.jit(
+    predict = jax.jit(
         lambda params, tokens: model.apply({'params': params}, tokens, **info).argmax(-1),
-        compiler_options=compiler_options(),
+        out_shardings=replicated(mesh),  # or no process could read it where parameters are split over several
+        compiler_options=compiler_options(mesh),
     )
 
     def preview(params: Any) -> dict[str, str]:
-        guesses = np.asarray(guess(params, tokens_1T[:, :-1]))[0]
+        predicted = np.asarray(predict(params, tokens_1T[:, :-1]))[0]
         truth = tokens_1T[0, 1:]
-        right = int((guesses == truth).sum())
+        right = int((predicted == truth).sum())
         return {
             'text': data.tokenizer.decode(truth),
-            f'guessed token by token ({right} of {count} right)': _side_by_side(data.tokenizer, guesses),
+            f'guessed token by token ({right} of {count} right)': data.tokenizer.decode(predicted),
         }
 
     return preview
-
-
-def _side_by_side(tokenizer: Tokenizer, guesses: np.ndarray) -> str:
-    return tokenizer.decode(guesses)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Source:
+class StartingWeights:
     """Where a run's first weights are from.
 
     Attributes:
       path: as `train.init_from` names it.
       model: the architecture of the weights.
       tokenizer: the one they belong to.
-      found: the checkpoint on disk; None where a run goes on from its own checkpoints and needs the source no more.
+      found: the checkpoint on disk; None where a run goes on from its own checkpoints and needs these weights no more.
       record: what the run's checkpoints say of it: `path`, `step` (None for a Hugging Face directory), `model`, and
         `sha256` (`checkpoints.fingerprint`), which is there once the weights were read.
     """
@@ -35,7 +35,7 @@ class Source:
 
     @classmethod
     def find(cls, path: str, recorded: Mapping[str, Any] | None = None) -> Self:
-        """The source that `path` names, described by the run's own checkpoint where that is of the same source.
+        """The weights that `path` names, described by the run's own checkpoint where that started from them.
 
         Args:
           path: a workdir (its best step), a step folder or a Hugging Face directory.

@@ -13,7 +13,7 @@ from gpt_jax.models import PRESETS, GPTConfig
 from gpt_jax.models.config import ASSUMED_BAND_SIZE
 
 if TYPE_CHECKING:
-    from gpt_jax.training.init_from import Source
+    from gpt_jax.training.init_from import StartingWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _row(version: str, preset: str | None) -> tuple[Size, str]:
     return GPT3_SIZES[row], TABLE if row == preset else f'assumed: as {row} in {TABLE}'
 
 
-def resolve(config: Mapping[str, Any] | RunConfig, weights: 'Source | None' = None) -> RunConfig:
+def resolve(config: Mapping[str, Any] | RunConfig, weights: 'StartingWeights | None' = None) -> RunConfig:
     """The experiment with its unset keys filled in, and checked: nothing is left to a recipe.
 
     From the preset, the weights that the run starts from, the recipe, and the defaults, in this order.
@@ -211,9 +211,9 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'Source | None' = No
     """
     given = parse(config)
     if given.train.init_from is not None and weights is None:
-        from gpt_jax.training.init_from import Source
+        from gpt_jax.training.init_from import StartingWeights
 
-        weights = Source.find(given.train.init_from)
+        weights = StartingWeights.find(given.train.init_from)
     settings = as_dict(given)
     model = settings['model']
     if model['preset'] is not None:
@@ -249,7 +249,7 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'Source | None' = No
     return given if run == given else run
 
 
-def _take_over(settings: dict[str, dict[str, Any]], weights: 'Source') -> None:
+def _take_over(settings: dict[str, dict[str, Any]], weights: 'StartingWeights') -> None:
     """Sets the unset keys of the architecture, and `data.tokenizer`, to what the weights have.
 
     Raises InputError, naming every key that is set to something else with both values. A `block_size` below that of the

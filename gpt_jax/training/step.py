@@ -1,17 +1,19 @@
-"""The compiled steps: one of training, one of evaluation."""
+"""What a training step reads and writes, and the compiled steps: one of training, one of evaluation."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh
 
+from gpt_jax.config import RunConfig
+from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
-from gpt_jax.parallel import activate, batch_sharding, constrain, replicated
-from gpt_jax.training.state import TrainState, abstract_state
+from gpt_jax.parallel import activate, batch_sharding, constrain, replicated, tree_shardings
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -27,6 +29,87 @@ def compiler_options(mesh: Mesh | None = None) -> dict[str, Any] | None:
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return CPU_OPTIONS if platform == 'cpu' else None
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One pytree, so that it is made, sharded, donated and stored as a whole.
+
+    Attributes:
+      step: int32, steps taken (skipped ones too).
+      skipped: int32, steps whose gradients were not finite and changed nothing (fp16 alone).
+      params: float32 parameters, layers stacked.
+      opt_state: the optax chain's.
+      loss_scale: flax's dynamic loss scale, or None where the precision needs none.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    loss_scale: DynamicScale | None
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        """All but the parameters: what a checkpoint needs besides them to resume."""
+        return {
+            'step': self.step,
+            'skipped': self.skipped,
+            'opt_state': self.opt_state,
+            'loss_scale': self.loss_scale,
+        }
+
+    @classmethod
+    def join(cls, params: Any, optimizer: dict[str, Any]) -> Self:
+        """The inverse of taking `params` and `optimizer` apart."""
+        return cls(params=params, **optimizer)
+
+
+def abstract_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings on `mesh`; nothing is allocated.
+
+    Raises:
+      InputError: a parameter cannot be divided over the mesh.
+    """
+    with activate(mesh):
+        shapes = jax.eval_shape(lambda: _state_before_step_0(model, optimizer, _init_params(model, seed=0)))
+    shardings = tree_shardings(mesh, shapes.params, shapes)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def init_state(
+    model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int = 0, params: Any = None
+) -> TrainState:
+    """The state before step 0, made in one jit so that every part is born on its own devices.
+
+    Parameters are drawn from `seed`, or are the given ones, which lie where `abstract_state` says.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    if params is not None:
+        rest = jax.jit(
+            lambda params: _state_before_step_0(model, optimizer, params).optimizer, out_shardings=shardings.optimizer
+        )
+        return TrainState.join(params, rest(params))
+    with activate(mesh):
+        return jax.jit(
+            lambda: _state_before_step_0(model, optimizer, _init_params(model, seed)), out_shardings=shardings
+        )()
+
+
+def _init_params(model: GPT, seed: int) -> Any:
+    return model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def _state_before_step_0(model: GPT, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        loss_scale=DynamicScale() if model.config.compute_dtype == 'fp16' else None,
+    )
 
 
 def make_train_step(
@@ -140,11 +223,22 @@ def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Any, Batch], dict[str, j
     return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
 
 
-def make_put_batch(mesh: Mesh) -> Callable[[dict[str, Any]], Batch]:
-    """Moves this process's rows of a batch to its devices, as one global array over all of them."""
-    sharding = batch_sharding(mesh)
-
-    def put(batch: dict[str, Any]) -> Batch:
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-
-    return put
+def check_mesh(run: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Raises InputError where a run cannot be trained on a mesh of these `sizes`, one for each axis."""
+    if sizes['context'] > 1:
+        # It would compute the right thing with keys and values gathered and a whole [batch, heads, time, time]: what
+        # the axis is there to avoid.
+        raise InputError(
+            f'mesh.context={sizes["context"]} cannot train yet, for want of ring attention: set it to 1; '
+            'mesh.fsdp, train.accumulation_steps and model.remat make room for long contexts'
+        )
+    rows = sizes['data'] * sizes['fsdp']
+    where = f'the {rows} devices of mesh.data={sizes["data"]} x mesh.fsdp={sizes["fsdp"]}'
+    micro_batch = run.train.batch_size // run.train.accumulation_steps
+    if micro_batch % rows:
+        raise InputError(
+            f'train.batch_size={run.train.batch_size} in {run.train.accumulation_steps} micro-batches of {micro_batch} '
+            f'is not divisible by {where}; choose a multiple'
+        )
+    if run.eval.batch_size is not None and run.eval.batch_size % rows:
+        raise InputError(f'eval.batch_size={run.eval.batch_size} is not divisible by {where}; choose a multiple')

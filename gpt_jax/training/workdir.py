@@ -1,26 +1,38 @@
-"""The folder of a run: whose it is, and where its files are."""
+"""The folder of a run: whose it is, and that one run at a time writes to it."""
 
+import contextlib
+import datetime
 import json
 import os
 import pathlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
+
+import filelock
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from gpt_jax.config import RunConfig, as_record, differing_keys
 from gpt_jax.errors import InputError
+from gpt_jax.files import remove_leftovers, replacing
 
-# In place of the last step to keep in a log: a run without a checkpoint starts anew, and writes of step 0 again.
-NOTHING = -1
+HEARTBEAT_SECONDS = 10
+# A holder on another host whose heartbeat is older than this is taken for dead. Six beats: storage that many hosts
+# share may hang for a while, and their clocks need not agree to the second.
+STALE_SECONDS = 60
 
 
 def check(workdir: pathlib.Path, run: RunConfig) -> None:
     """Lets a run into its folder.
 
     Raises:
-      InputError: the folder holds a run whose config differs in more than a resumed run may change, or is a file.
+      InputError: the folder holds a run whose config differs in more than a resumed run may change.
     """
     path = workdir / 'config.json'
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f'--workdir={workdir} is a file; name a folder')
     if not path.exists():
         return
     try:
@@ -36,38 +48,158 @@ def check(workdir: pathlib.Path, run: RunConfig) -> None:
 
 def write_config(workdir: pathlib.Path, run: RunConfig) -> None:
     """Records the resolved experiment in config.json."""
-    _write(workdir / 'config.json', json.dumps(as_record(run), indent=2) + '\n')
+    with replacing(workdir / 'config.json') as file:
+        file.write((json.dumps(as_record(run), indent=2) + '\n').encode())
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    """To a temporary name first, so that no crash leaves half a file."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Makes `workdir` where it is missing, and keeps every other run out of it for the length of the block.
 
+    Two files say that somebody is at it. `.lock` is locked by the system, which opens it when its holder dies, however
+    that happens. `.holder.json` names host, pid and the time of a heartbeat: for the message, and for storage on which
+    several hosts do not see each other's locks. A dead holder's place is taken at once on the same host, and after
+    `STALE_SECONDS` without a heartbeat on another. Both files are gone afterwards, and so is a folder left empty.
 
-class SampleLog:
-    """samples.txt: a heading a step, previews indented below it; cut back to `last_step` on opening.
+    Of several processes the first holds the lock for all, which call this together.
 
-    Text is indented so that nothing a model writes can look like a heading.
+    Yields:
+      `workdir`.
+
+    Raises:
+      InputError: another run is at it, or the folder cannot be used.
     """
+    lock, refusal = None, None
+    if jax.process_index() == 0:
+        lock = _Lock(workdir)
+        try:
+            lock.acquire()
+        except InputError as error:
+            refusal = error
+    if jax.process_count() > 1:
+        # All have to know: those that were let in would wait for the first one for ever.
+        refused = multihost_utils.process_allgather(np.asarray(refusal is not None)).any()
+        if refused and refusal is None:
+            refusal = InputError(f'--workdir={workdir} was refused to process 0: see its message')
+    if refusal is not None:
+        raise refusal
+    try:
+        yield workdir
+    finally:
+        if lock is not None:
+            lock.release()
 
-    def __init__(self, workdir: pathlib.Path, last_step: int):
-        self._path = workdir / 'samples.txt'
-        if self._path.exists():
-            kept, keep = [], True
-            for line in self._path.read_text(encoding='utf-8').splitlines(keepends=True):
-                if not line.startswith(' '):  # a heading, or what a crash left of one
-                    keep = line.endswith('\n') and int(line.split()[1]) <= last_step
-                if keep:
-                    kept.append(line)
-            _write(self._path, ''.join(kept))
 
-    def write(self, step: int, previews: dict[str, Any]) -> None:
-        """Adds the named previews of `step`."""
-        lines = [f'step {step}']
-        for name, text in previews.items():
-            lines.append(f'  {name}:')
-            lines += [f'    | {line}' for line in str(text).splitlines()]
-        with self._path.open('a', encoding='utf-8') as file:
-            file.write('\n'.join(lines) + '\n')
+class _Lock:
+    """The lock of one workdir, and the thread that shows it alive."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+        self._holder = workdir / '.holder.json'
+        self._filelock = filelock.FileLock(workdir / '.lock')
+        self._made: list[pathlib.Path] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name='heartbeat', daemon=True)
+
+    def acquire(self) -> None:
+        """Raises InputError where another one holds the lock, or the folder cannot be used."""
+        if self._workdir.exists() and not self._workdir.is_dir():
+            raise InputError(f'--workdir={self._workdir} is a file; name a folder')
+        try:
+            self._made = [path for path in (self._workdir, *self._workdir.parents) if not path.exists()]
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            # Storage without such locks is left to the heartbeat.
+            with contextlib.suppress(NotImplementedError):
+                self._filelock.acquire(blocking=False)
+            if (holder := self._read()) is not None and _alive(holder):
+                raise self._refusal(holder)
+            remove_leftovers([self._holder])
+            self._write()
+        except filelock.Timeout:
+            raise self._refusal(self._read()) from None
+        except OSError as error:
+            self._open_again()
+            raise InputError(
+                f'--workdir={self._workdir} cannot be written to ({error.strerror}); name another folder'
+            ) from None
+        except InputError:
+            self._open_again()
+            raise
+        self._thread.start()
+
+    def release(self) -> None:
+        """Takes the files away, and folders that were made for nothing."""
+        self._ended.set()
+        self._thread.join()
+        if self._is_ours():
+            self._holder.unlink(missing_ok=True)
+        (self._workdir / '.lock').unlink(missing_ok=True)  # while it is still locked, or it could be another one's
+        self._open_again()
+
+    def _open_again(self) -> None:
+        self._filelock.release()
+        for path in self._made:
+            with contextlib.suppress(OSError):  # somebody's files are in it
+                path.rmdir()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            # Where storage fails for a moment the next beat may come through. Where this process slept for so long
+            # that another host took its place (a laptop's lid), it must not take it back.
+            with contextlib.suppress(OSError):
+                if self._is_ours():
+                    self._write()
+
+    def _write(self) -> None:
+        record = {
+            'host': socket.gethostname(),
+            'pid': os.getpid(),
+            'started': _start_time(os.getpid()),
+            'time': time.time(),
+        }
+        with replacing(self._holder) as file:
+            file.write(json.dumps(record).encode())
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._holder.read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            return None
+
+    def _is_ours(self) -> bool:
+        holder = self._read()
+        return holder is not None and (holder['host'], holder['pid']) == (socket.gethostname(), os.getpid())
+
+    def _refusal(self, holder: dict[str, Any] | None) -> InputError:
+        way_out = 'wait for its end or stop it, or choose another --workdir'
+        if holder is None:
+            return InputError(f'--workdir={self._workdir}: another run is starting in it; {way_out}')
+        if holder['host'] != socket.gethostname():
+            beat = datetime.datetime.fromtimestamp(holder['time']).isoformat(' ', 'seconds')
+            way_out += f'; its last heartbeat was at {beat}, and after {STALE_SECONDS} s without one it counts as dead'
+        return InputError(
+            f'--workdir={self._workdir}: another run is writing to it, process {holder["pid"]} on host '
+            f'{holder["host"]}; {way_out}'
+        )
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    if holder['host'] != socket.gethostname():
+        return time.time() - holder['time'] < STALE_SECONDS
+    try:
+        os.kill(holder['pid'], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    # The number of a dead process may be another one's by now.
+    return _start_time(holder['pid']) == holder['started']
+
+
+def _start_time(pid: int) -> int | None:
+    """When a process began, in clock ticks since the system did; None where it ended, or this is no Linux."""
+    try:
+        fields = pathlib.Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rpartition(')')[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in 'ZX' else int(fields[19])

@@ -14,7 +14,7 @@ from gpt_jax.parallel import MeshConfig, make_mesh
 from gpt_jax.training import resolve
 from gpt_jax.training.optimizer import lengths, make_optimizer, make_schedule
 from gpt_jax.training.recipe import model_config
-from gpt_jax.training.state import abstract_state
+from gpt_jax.training.step import abstract_state
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 GPT3_SIZES = ('125m', '350m', '760m', '1.3b', '2.7b', '6.7b', '13b', '175b', 'ada', 'babbage', 'curie', 'davinci')

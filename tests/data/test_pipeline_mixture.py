@@ -56,7 +56,7 @@ def test_the_shared_tokenizer_is_learned_once(config, mixed, folder):
 
 def test_each_source_brings_its_share_of_the_rows(mixed):
     batches = Batches(mixed.train, 8, 16, seed=0)
-    texts = [mixed.tokenizer.decode(row) for step in range(50) for row in batches[step]['tokens']]
+    texts = [mixed.tokenizer.decode(row) for step in range(50) for row in batches.rows(step)['tokens']]
     assert np.mean([any(map(str.isdigit, text)) for text in texts]) == 0.25
 
 

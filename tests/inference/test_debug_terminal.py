@@ -1,15 +1,19 @@
 """What the debugger prints, to a pipe and to a terminal, and the pictures that it writes."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
+from toy_inspector import ToyInspector
 
+from gpt_jax.data.tokenizer import train_char
 from gpt_jax.errors import InputError
-from gpt_jax.inference.debug import views
-from gpt_jax.inference.debug.terminal import show
+from gpt_jax.inference import Sampling
+from gpt_jax.inference.debug import Debugger, views
+from gpt_jax.inference.debug.terminal import DebugPrompt, show
 from gpt_jax.inference.debug.views import Table, show_probability, show_token
 
 TABLE = Table('a title, longer than its table', ('', 'token', 'p'), (('', "'[red]'", '0.2'), ('>', "':x:'", '0.8')), 1)
@@ -67,6 +71,37 @@ def test_a_picture_that_cannot_be_is_one_line(tmp_path, name, message):
         views.save_picture(heat(tmp_path / name))
     assert printed([heat(tmp_path / name)], width=100).startswith(f'error: {tmp_path / name}')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """A function: lines of a pipe -> the prompt that read them, and what it printed."""
+
+    def run(lines):
+        monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(lines)))
+        tokenizer = train_char(['abcdef'])
+        console = Console(file=io.StringIO(), width=100, highlight=False, markup=False, emoji=False)
+        debugger = Debugger(ToyInspector(), tokenizer, tokenizer.encode('ab'), max_new_tokens=5)
+        prompt = DebugPrompt(debugger, Sampling(greedy=True), 0, console)
+        prompt.cmdloop()
+        return prompt, console.file.getvalue()
+
+    return run
+
+
+def test_a_pipe_is_read_to_its_end_or_to_quit(session):
+    _, output = session(b'step\n\nforce  \xff\ntext\n')
+    told = [line for line in output.splitlines() if line.startswith('(debug)')]
+    assert told == ['(debug) step', '(debug) ', '(debug) force  \ufffd', '(debug) text']
+    assert output.splitlines()[-1].startswith('abcd')
+    _, output = session(b'quit\nstep\n')
+    assert output.splitlines()[-1] == '(debug) quit'
+
+
+def test_tab_completes_commands_and_settings(session):
+    prompt, _ = session(b'')
+    assert prompt.completenames('s') == ['step', 'show', 'set', 'seed']
+    assert prompt.complete_set('top') == ['top_k=', 'top_p=']
 
 
 @pytest.mark.parametrize(

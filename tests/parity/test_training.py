@@ -13,11 +13,14 @@ import numpy as np  # noqa: E402
 import peers  # noqa: E402
 
 from gpt_jax.models import GPT  # noqa: E402
-from gpt_jax.parallel import MeshConfig, make_mesh  # noqa: E402
+from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh  # noqa: E402
 from gpt_jax.training import resolve  # noqa: E402
 from gpt_jax.training.optimizer import Lengths, make_optimizer, make_schedule  # noqa: E402
-from gpt_jax.training.state import TrainState, abstract_state  # noqa: E402
-from gpt_jax.training.step import make_put_batch, make_train_step  # noqa: E402
+from gpt_jax.training.step import (  # noqa: E402
+    TrainState,
+    abstract_state,
+    make_train_step,
+)
 
 STEPS, WARMUP, PEAK, FLOOR = 20, 4, 1e-2, 0.1
 BETAS, EPSILON, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 0.5
@@ -63,9 +66,10 @@ def train_ours(config, params, batches, experiment):
     # By way of the host: the step gives its state away, and the same buffer must not be given twice.
     state = jax.device_get(TrainState(zero, zero, params, optimizer.init(params), None))
     state = jax.device_put(state, shardings)
-    put, rows = make_put_batch(mesh), []
+    rows = []
     for tokens_BT, targets_BT in batches:
-        state, metrics = step(state, put({'tokens': tokens_BT, 'targets': targets_BT}))
+        batch = jax.device_put({'tokens': tokens_BT, 'targets': targets_BT}, batch_sharding(mesh))
+        state, metrics = step(state, batch)
         rows.append((float(metrics['loss']), float(metrics['grad_norm'])))
     return state.params, np.array(rows)
 

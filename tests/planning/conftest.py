@@ -9,10 +9,9 @@ import pytest
 from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh
-from gpt_jax.planning import Setup, setup_memory
+from gpt_jax.planning import Placement, training_memory
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.state import abstract_state
-from gpt_jax.training.step import make_train_step
+from gpt_jax.training.step import abstract_state, make_train_step
 
 
 @pytest.fixture(scope='session')
@@ -31,7 +30,7 @@ def estimate_and_truth():
         analysis = step.lower(state, {'tokens': tokens, 'targets': tokens}).compile().memory_analysis()
         truth = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
         truth += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        setup = Setup(config, mesh_config, batch_size, accumulation_steps)
-        return setup_memory(setup, state, cpu=True), truth
+        placement = Placement(config, mesh_config, batch_size, accumulation_steps)
+        return training_memory(placement, state, cpu=True), truth
 
     return measure

@@ -1,6 +1,12 @@
-"""The estimate beside XLA's own account of the compiled step: arguments, outputs not written over them, temporaries."""
+"""The formula held against the model's own residuals, and the estimate against XLA's account of the compiled step."""
 
+import jax
+import jax.extend
+import jax.numpy as jnp
 import pytest
+
+from gpt_jax.models import GPT, GPTConfig
+from gpt_jax.planning.memory import kept_of_token
 
 SCANNED = {'scan_layers': True}
 BANDED = {'attention_pattern': 'alternating', 'band_size': 32}
@@ -33,7 +39,11 @@ MORE = {
     'unrolled, four micro-batches': {'batch_size': 32, 'accumulation_steps': 4},
     'unrolled, wide context': {'block_size': 256, 'n_layer': 2},
     'dropout': SCANNED | {'resid_dropout': 0.1, 'mlp_dropout': 0.1},
+    'attention dropout': SCANNED | {'attention_dropout': 0.1},
+    'attention dropout, unrolled': {'attention_dropout': 0.1},
     'head of its own, large vocabulary': SCANNED | {'tie_embeddings': False},
+    'tensor': SCANNED | {'mesh': (1, 1, 4, 1)},
+    'fsdp x tensor': SCANNED | {'mesh': (1, 2, 4, 1), 'batch_size': 16},
 }
 
 
@@ -48,3 +58,42 @@ def test_the_estimate_is_within_15_percent_of_what_xla_allocates(estimate_and_tr
 def test_so_it_is_in_every_other_combination(estimate_and_truth, fields):
     memory, truth = estimate_and_truth(**fields)
     assert memory.total == pytest.approx(truth, rel=0.15)
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots', 'names', 'full'])
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {},
+        {'compute_dtype': 'bf16'},
+        BANDED,
+        {'mlp_expansion': 2, 'n_head': 2},
+        {'attention_dropout': 0.1},
+        {'resid_dropout': 0.1, 'mlp_dropout': 0.1},
+    ],
+    ids=['f32', 'bf16', 'banded', 'other widths', 'attention dropout', 'dropout'],
+)
+def test_the_formula_counts_to_the_byte_what_a_scanned_layer_keeps_of_its_tokens(fields, remat):
+    sizes = {'block_size': 64, 'n_layer': 4, 'n_head': 4, 'd_model': 96, 'remat': remat, 'scan_layers': True}
+    config = GPTConfig(512, **(sizes | fields))
+    # What does not grow with the batch is made of parameters alone.
+    of_tokens = _kept_by_layer(config, batch=7) - _kept_by_layer(config, batch=3)
+    counted = sum(size for _, size, _ in kept_of_token(config, jnp.dtype(config.dtype).itemsize))
+    assert of_tokens / (4 * config.block_size) == counted
+
+
+def _kept_by_layer(config, batch):
+    """Bytes that one layer leaves for the derivative of the model's loss: what the scan over the layers stacks."""
+    tokens_BT = jnp.zeros((batch, config.block_size), jnp.int32)
+    params = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)['params']
+
+    def loss(params):
+        rngs = {'dropout': jax.random.key(0)}
+        return GPT(config).apply({'params': params}, tokens_BT, tokens_BT, rngs=rngs, method='token_losses')
+
+    traced = jax.make_jaxpr(lambda params: jax.tree.leaves(jax.vjp(loss, params)[1]))(params).jaxpr
+    steps = config.n_layer // (2 if config.has_bands else 1)
+    (scan,) = [one for one in traced.eqns if one.primitive.name == 'scan' and one.params['length'] == steps]
+    stacks = set(scan.outvars[scan.params['num_carry'] :])
+    kept = {var for var in traced.outvars if isinstance(var, jax.extend.core.Var)} & stacks
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in kept) / config.n_layer

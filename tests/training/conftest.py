@@ -10,10 +10,9 @@ from flax.training.dynamic_scale import DynamicScale
 
 from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPTConfig
-from gpt_jax.parallel import MeshConfig, make_mesh
+from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.state import abstract_state, init_state
-from gpt_jax.training.step import make_put_batch, make_train_step
+from gpt_jax.training.step import abstract_state, init_state, make_train_step
 
 VOCAB, BLOCK = 50, 16
 LEARNING_RATE = 1e-2
@@ -32,7 +31,6 @@ class Lab:
         schedule = optax.constant_schedule(LEARNING_RATE)
         self.optimizer = make_optimizer(OPTIMIZER, schedule)
         self.step = make_train_step(self.model, self.optimizer, schedule, self.mesh, accumulation_steps, seed)
-        self._put = make_put_batch(self.mesh)
         self._shardings = jax.tree.map(
             lambda leaf: leaf.sharding, abstract_state(self.model, self.optimizer, self.mesh)
         )
@@ -42,10 +40,14 @@ class Lab:
         loss_scale = DynamicScale() if self.model.config.compute_dtype == 'fp16' else None
         return jax.device_put(first_state().replace(loss_scale=loss_scale), self._shardings)
 
+    def put(self, batch):
+        """Arrays [batch, time] on the devices of the mesh, as a step takes them."""
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
     def batch(self, index=0):
         """Learnable: the next token is a function of the one before."""
         tokens = ((np.arange(BLOCK + 1) + 5) * np.arange(1, 9)[:, None] + index) % VOCAB
-        return self._put({'tokens': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32)})
+        return self.put({'tokens': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32)})
 
     def run(self, steps):
         """The state after `steps` steps, and the metrics of each as floats."""

@@ -19,8 +19,8 @@ from gpt_jax.inference import sample_text
 from gpt_jax.models import GPT, GPTConfig, huggingface
 from gpt_jax.parallel import MeshConfig, make_mesh, tree_shardings
 from gpt_jax.training import evaluate as evaluation
-from gpt_jax.training import milestones, resolve, train
-from gpt_jax.training.init_from import Source
+from gpt_jax.training import resolve, train, trainer
+from gpt_jax.training.init_from import StartingWeights
 from gpt_jax.training.recipe import model_config
 
 OWN = {f'{kind}_dropout' for kind in ('embedding', 'attention', 'mlp', 'resid')} | {
@@ -247,7 +247,7 @@ def test_a_signal_before_the_first_step_saves_nothing_and_the_next_run_starts_an
     changes = {'train.steps': 1, 'model.dropout': 0.0, 'eval.every_steps': 1, 'optimizer.epsilon': 1e-3}
     config = tune_config(tiny_gpt2, changes)
     with monkeypatch.context() as patch:
-        patch.setattr(milestones, 'evaluate', interrupted)
+        patch.setattr(trainer, 'evaluate', interrupted)
         stopped = train(config, tmp_path)
     assert (stopped.step, stopped.signal) == (0, signal.SIGINT)
     assert 'stopped before the first step, so nothing is saved' in capfd.readouterr().out
@@ -264,7 +264,7 @@ def one_step(config, source, tokenizer):
     """The parameters after one step of optax's own AdamW on the whole batch, from whole logits."""
     model_config, params = huggingface.load(source)
     data = prepare(DataConfig(path=config.data.path, cache_dir=config.data.cache_dir), tokenizer, lambda _: None)
-    batch = Batches(data.train, config.train.batch_size, 32, config.train.seed, 0, 1)[0]
+    batch = Batches(data.train, config.train.batch_size, 32, config.train.seed).rows(0)
 
     def loss(params):
         logits = GPT(model_config).apply({'params': params}, batch['tokens'])
@@ -303,7 +303,7 @@ def test_weights_arrive_on_the_devices_where_they_belong(tiny_gpt2):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), devices=jax.devices())
     _, expected = huggingface.load(tiny_gpt2)
     lines = []
-    params = Source.find(str(tiny_gpt2)).load(8, lambda tree: tree_shardings(mesh, tree, tree), lines.append)
+    params = StartingWeights.find(str(tiny_gpt2)).load(8, lambda tree: tree_shardings(mesh, tree, tree), lines.append)
     assert lines == [f'weights: {tiny_gpt2} (a Hugging Face directory, the first 8 of its 32 positions)']
     expected['wpe'] = expected['wpe'][:8]
     jax.tree.map(np.testing.assert_array_equal, params, expected)

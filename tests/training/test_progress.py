@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pty
 import sys
@@ -7,8 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gpt_jax.training.metrics import MetricsLog
-from gpt_jax.training.progress import Progress, plot_loss
+from gpt_jax.training.logs import MetricsLog, Progress, plot_loss
 
 ROW = {'step': 5, 'loss': 1.23456, 'learning_rate': 2e-4, 'tokens_per_second': 12345.6}
 
@@ -36,10 +36,10 @@ def test_without_a_terminal_there_are_plain_lines(capsys):
 
 @pytest.mark.parametrize(('elapsed', 'left'), [(10, '0:10'), (300, '5:00'), (8000, '2:13:20')])
 def test_the_time_left_is_that_of_the_steps_of_this_run(monkeypatch, capsys, elapsed, left):
-    from gpt_jax.training import progress as module
+    from gpt_jax.training import logs
 
     clock = iter([0.0, float(elapsed)])
-    monkeypatch.setattr(module.time, 'perf_counter', lambda: next(clock))
+    monkeypatch.setattr(logs.time, 'perf_counter', lambda: next(clock))
     # Resumed at 15 of 25: the five steps up to 20 took `elapsed`, and so will the five that are left.
     Progress(start=15, total=25, show=True).row(ROW | {'step': 20})
     assert capsys.readouterr().out.endswith(f'  {left} left\n')
@@ -63,8 +63,12 @@ def test_in_a_terminal_there_is_a_bar_and_no_plain_rows(monkeypatch, capsys):
         progress.row(ROW)
         progress.line('words')
         progress.close()
-        shown = os.read(main_end, 65536).decode()
+    shown = b''
+    with contextlib.suppress(OSError):  # the end of what was written, once the terminal is closed
+        while data := os.read(main_end, 65536):
+            shown += data
     os.close(main_end)
+    shown = shown.decode()
     assert '2/10' in shown
     assert '5/10' in shown
     assert capsys.readouterr().out == 'words\n'

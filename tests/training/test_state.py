@@ -4,7 +4,7 @@ import pytest
 
 from gpt_jax.errors import InputError
 from gpt_jax.parallel import MeshConfig, make_mesh
-from gpt_jax.training.state import TrainState, abstract_state, init_state
+from gpt_jax.training.step import TrainState, abstract_state, init_state
 
 
 @pytest.fixture(scope='module')

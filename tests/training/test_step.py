@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.data.documents import document_places
-from gpt_jax.training.step import CPU_OPTIONS, compiler_options, make_eval_step, make_put_batch
+from gpt_jax.data import document_positions
+from gpt_jax.training.step import CPU_OPTIONS, compiler_options, make_eval_step
 
 
 def numpy_losses(model, params, batch):
@@ -52,7 +52,7 @@ def test_four_micro_batches_are_one_large_batch(lab, assert_close):
 def test_documents_of_a_batch_are_kept_apart_on_a_mesh_and_in_micro_batches(lab):
     one = lab(mesh=(2, 1, 2, 2), accumulation_steps=2)
     tokens, targets = (np.asarray(one.batch()[name]) for name in ('tokens', 'targets'))
-    positions, documents = document_places(tokens, end_of_text=int(tokens[0, 5]))
+    positions, documents = document_positions(tokens, end_of_text=int(tokens[0, 5]))
     assert documents.max() > 0
     batch = {'tokens': tokens, 'targets': targets, 'positions': positions, 'documents': documents}
     info = {'positions': positions, 'documents': documents}
@@ -62,11 +62,10 @@ def test_documents_of_a_batch_are_kept_apart_on_a_mesh_and_in_micro_batches(lab)
     params = jax.device_get(state.params)
     expected = apply(params, **info).mean().item()
     assert abs(expected - apply(params).mean().item()) > 1e-3  # the mask matters here
-    put = make_put_batch(one.mesh)
     weights = {'weights': np.ones(tokens.shape, np.float32)}
-    evaluated = make_eval_step(one.model, one.mesh)(state.params, put(batch | weights))
+    evaluated = make_eval_step(one.model, one.mesh)(state.params, one.put(batch | weights))
     assert evaluated['loss'].item() / tokens.size == pytest.approx(expected, rel=1e-5)
-    _, metrics = one.step(state, put(batch))
+    _, metrics = one.step(state, one.put(batch))
     assert metrics['loss'].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -189,7 +188,7 @@ def test_the_evaluation_step_sums_over_weights_of_one(lab):
     one = lab(dropout=0.5)
     weights = np.zeros((8, 16), np.float32)
     weights[:3] = 1
-    batch = one.batch() | make_put_batch(one.mesh)({'weights': weights})
+    batch = one.batch() | one.put({'weights': weights})
     params = one.state().params
     result = make_eval_step(one.model, one.mesh)(params, batch)
     assert result['tokens'].item() == 48

@@ -5,7 +5,8 @@ import pytest
 from gpt_jax.config import as_record
 from gpt_jax.errors import InputError
 from gpt_jax.training import resolve
-from gpt_jax.training.workdir import SampleLog, check, write_config
+from gpt_jax.training.logs import SampleLog
+from gpt_jax.training.workdir import check, locked, write_config
 
 
 @pytest.fixture
@@ -70,10 +71,10 @@ def test_a_config_that_is_no_json_is_named(run, tmp_path):
         check(tmp_path, run())
 
 
-def test_a_file_in_place_of_the_folder_is_named(run, tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(InputError, match='is a file; name a folder'):
-        check(tmp_path / 'file', run())
+    with pytest.raises(InputError, match='is a file; name a folder'), locked(tmp_path / 'file'):
+        pass
 
 
 def test_samples_are_headed_by_their_step_and_indented(tmp_path):

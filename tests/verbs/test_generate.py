@@ -116,13 +116,13 @@ def test_a_text_may_outgrow_the_context_where_that_is_allowed(verb, checkpoint):
     assert len(row['tokens']) == 50 or row['finish_reason'] == 'stop'
 
 
-@pytest.mark.parametrize('guesses', ['--prompt_lookup=1', '--draft_checkpoint'])
-def test_guesses_change_nothing_but_are_counted(verb, checkpoint, guesses):
-    if guesses == '--draft_checkpoint':
-        guesses = checkpoint.replace('--checkpoint', guesses)
+@pytest.mark.parametrize('source', ['--prompt_lookup=1', '--draft_checkpoint'])
+def test_drafts_change_nothing_but_are_counted(verb, checkpoint, source):
+    if source == '--draft_checkpoint':
+        source = checkpoint.replace('--checkpoint', source)
     arguments = ('generate', checkpoint, '--prompt=the ', '--strategy=greedy', '--max_new_tokens=20')
     _, expected, _ = verb(*arguments)
-    status, output, errors = verb(*arguments, guesses)
+    status, output, errors = verb(*arguments, source)
     assert (status, output) == (0, expected)
     assert re.fullmatch(r'\d+ of \d+ guessed tokens were accepted \(\d+\.\d%\)\n', errors)
 
@@ -182,6 +182,14 @@ def test_without_a_number_of_new_tokens_it_writes_what_fits(verb, checkpoint):
     assert 0 < len(sample['tokens']) <= 31
 
 
+@pytest.mark.parametrize('mesh', ['fsdp:8', 'data:2,fsdp:2,tensor:2'])
+def test_a_mesh_writes_the_greedy_text_of_one_device(verb, checkpoint, mesh):
+    arguments = ('generate', checkpoint, '--prompt=the ', '--strategy=greedy', '--max_new_tokens=12', '--json')
+    (alone,), (split,) = (rows(verb(*arguments, *more)[1]) for more in ([], [f'--mesh={mesh}']))
+    assert (split['text'], split['tokens']) == (alone['text'], alone['tokens'])
+    assert split['logprobs'] == pytest.approx(alone['logprobs'], abs=1e-4)
+
+
 def test_a_copied_step_folder_alone_is_enough(verb, checkpoint, finished_run, tmp_path):
     copy = shutil.copytree(finished_run.workdir / 'checkpoints' / '6', tmp_path / 'elsewhere')
     arguments = ('--prompt=the ', '--strategy=greedy', '--json')
@@ -213,6 +221,10 @@ def test_a_step_is_named_by_its_flag(verb, refused, checkpoint, finished_run):
         (['--prompt=a', '--interactive'], '--prompt and --interactive exclude each other'),
         (['--prompt=a', '--stop='], "stop='' is in every text"),
         (['--prompt_file=/none.txt'], '--prompt_file=/none.txt cannot be read'),
+        (['--prompt=a', '--mesh=context:8'], '--mesh=context:8: context'),
+        (['--prompt=a', '--mesh=fsdp:3'], '--mesh=fsdp:3: '),
+        (['--prompt=a', '--best_of=2', '--prompt_lookup=1'], 'best_of=2 does not go with speculative decoding'),
+        (['--prompt=a', '--strategy=contrastive', '--num_samples=2'], 'num_samples=2 of a contrastive search'),
         (['a prompt'], "unexpected argument 'a prompt'"),
     ],
 )

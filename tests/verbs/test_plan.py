@@ -62,6 +62,23 @@ def test_json_is_one_object_with_the_same_numbers(verb):
 TOTALS = ('total_bytes', 'device_bytes')
 
 
+def test_the_cpu_compiler_says_what_the_real_step_needs_beside_the_estimate(verb):
+    arguments = ('--config=configs/smoke.py', '--topology=cpu:2', '--config.mesh.fsdp=2', '--json')
+    status, output, _ = verb('plan', *arguments, '--config.mesh.data=1')
+    assert status == 0
+    plan = json.loads(output)
+    compiled = plan['compiled']
+    assert (compiled['topology'], compiled['compiler'], compiled['fits']) == ('cpu:2', 'the CPU compiler', True)
+    assert compiled['needed_bytes'] == sum(
+        compiled[f'{name}_bytes'] for name in ('arguments', 'outputs', 'temporaries')
+    )
+    # What goes in is what the estimate says exactly: the state and the batch, but for the counters.
+    given = sum(plan['memory'][f'{name}_bytes'] for name in ('parameters', 'optimizer', 'batch'))
+    assert 0 <= compiled['arguments_bytes'] - given < 64
+    _, text, _ = verb('plan', *arguments[:-1], '--config.mesh.data=1')
+    assert re.search(r'^Memory of a device, by the CPU compiler \(cpu:2\)$', text, re.MULTILINE)
+
+
 def test_the_row_of_the_table_that_contradicts_itself_is_explained(verb):
     _, output, _ = verb('plan', '--config=configs/gpt3.py:1.3b')
     assert 'Table 2.1 gives 24 heads of 128 at width 2048' in output
@@ -106,6 +123,7 @@ def test_remat_micro_batches_and_fsdp_make_the_plan_smaller(verb):
             'mesh.fsdp=5 does not divide',
         ),
         (['SMOKE', '--verify'], '--verify needs --topology'),
+        (['SMOKE', '--topology=h100:eight'], '--topology=h100:eight is not a kind and a number of devices'),
     ],
 )
 def test_what_cannot_be_is_one_line_and_status_1(refused, arguments, message):

@@ -4,17 +4,16 @@ import pytest
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, GPTConfig, preset_config
 from gpt_jax.parallel import MeshConfig, make_abstract_mesh
-from gpt_jax.planning import Memory, Setup, advice
+from gpt_jax.planning import Memory, Placement, advice
 from gpt_jax.planning.cost import cache_bytes, training_cost
-from gpt_jax.planning.memory import sharded_bytes
-from gpt_jax.planning.setup import smaller
-from gpt_jax.training.state import abstract_state
+from gpt_jax.planning.memory import sharded_bytes, smaller
+from gpt_jax.training.step import abstract_state
 
 CONFIG = GPTConfig(512, 64, n_layer=2, n_head=2, d_model=32)
 
 
-def setup(mesh=(8, 1, 1, 1), batch_size=64, accumulation_steps=1, config=CONFIG):
-    return Setup(config, MeshConfig(*mesh), batch_size, accumulation_steps)
+def placement(mesh=(8, 1, 1, 1), batch_size=64, accumulation_steps=1, config=CONFIG):
+    return Placement(config, MeshConfig(*mesh), batch_size, accumulation_steps)
 
 
 def memory(total):
@@ -22,36 +21,36 @@ def memory(total):
 
 
 def test_minus_one_is_filled_in_for_the_devices_of_the_plan_not_for_those_here():
-    planned = Setup.of(CONFIG, MeshConfig(data=-1, fsdp=16), 512, 1024, 2)
+    planned = Placement.of(CONFIG, MeshConfig(data=-1, fsdp=16), 512, 1024, 2)
     assert (planned.mesh.data, planned.devices, planned.split, planned.rows) == (32, 512, 512, 1)
     with pytest.raises(InputError, match=r'mesh\.fsdp=16.* does not divide the 24 devices'):
-        Setup.of(CONFIG, MeshConfig(data=-1, fsdp=16), 24, 1024, 2)
+        Placement.of(CONFIG, MeshConfig(data=-1, fsdp=16), 24, 1024, 2)
 
 
 def test_a_batch_that_the_mesh_cannot_divide_is_refused():
     with pytest.raises(InputError, match=r'train\.batch_size=60 in 1 micro-batches is not divisible by the 8 devices'):
-        setup(batch_size=60)
+        placement(batch_size=60)
 
 
-def test_smaller_setups_train_the_same_with_other_remat_mesh_and_micro_batches():
-    found = list(smaller(setup()))
+def test_smaller_placements_train_the_same_with_other_remat_mesh_and_micro_batches():
+    found = list(smaller(placement()))
     assert all(one.batch_size == 64 and one.devices == 8 and one.accumulation_steps <= 8 for one in found)
     assert {one.config.remat for one in found} == {'none', 'names', 'full'}
     assert {(one.mesh.data, one.mesh.fsdp) for one in found} == {(8, 1), (1, 8)}
     assert {one.accumulation_steps for one in found} == {1, 2, 4, 8}
-    assert setup() not in found
+    assert placement() not in found
     # What the mesh cannot split stays as it is, and no policy is proposed that keeps more.
     odd = GPTConfig(512, 64, n_layer=2, n_head=1, d_model=30, remat='full')
-    assert {(one.mesh.fsdp, one.config.remat) for one in smaller(setup(config=odd))} == {(1, 'full')}
+    assert {(one.mesh.fsdp, one.config.remat) for one in smaller(placement(config=odd))} == {(1, 'full')}
 
 
 def test_advice_takes_the_fewest_changes_that_fit_and_gives_them_as_flags():
     def estimate(one):
         return memory((30 if one.config.remat == 'none' else 10) * one.rows + (50 if one.mesh.fsdp == 1 else 10))
 
-    found, fits = advice(setup(), 140, estimate)
+    found, fits = advice(placement(), 140, estimate)
     assert fits
-    assert [(one.flags(setup()), size.total) for one, size in found] == [
+    assert [(one.flags(placement()), size.total) for one, size in found] == [
         ('--config.model.remat=names', 130),
         ('--config.model.remat=full', 130),
         ('--config.train.accumulation_steps=4', 110),
@@ -59,7 +58,7 @@ def test_advice_takes_the_fewest_changes_that_fit_and_gives_them_as_flags():
 
 
 def test_where_nothing_fits_advice_gives_the_smallest():
-    found, fits = advice(setup(), 0, lambda one: memory(one.rows + (0 if one.mesh.fsdp > 1 else 50)))
+    found, fits = advice(placement(), 0, lambda one: memory(one.rows + (0 if one.mesh.fsdp > 1 else 50)))
     assert not fits
     ((smallest, size),) = found
     assert (smallest.rows, smallest.mesh.fsdp, size.total) == (1, 8, 1)
@@ -67,7 +66,7 @@ def test_where_nothing_fits_advice_gives_the_smallest():
 
 def test_nothing_left_to_change_gives_no_advice():
     full = GPTConfig(512, 64, n_layer=2, n_head=2, d_model=32, remat='full')
-    assert advice(setup(mesh=(1, 8, 1, 1), batch_size=8, config=full), 0, lambda _: memory(1)) == ([], False)
+    assert advice(placement(mesh=(1, 8, 1, 1), batch_size=8, config=full), 0, lambda _: memory(1)) == ([], False)
 
 
 def test_cost_is_arithmetic_over_what_the_devices_do():
