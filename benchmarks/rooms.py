@@ -86,7 +86,7 @@ def main():
     def the_loop():
         with tempfile.TemporaryDirectory() as folder:
             config = smoke.get_config()
-            config.train.steps = 4
+            config.train.steps = 8
             train(config, folder, sample=inference.sample_text)
 
     def sampling():
