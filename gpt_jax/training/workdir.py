@@ -1,7 +1,6 @@
 """The folder of a run: whose it is, and that one run at a time writes to it."""
 
 import contextlib
-import datetime
 import json
 import os
 import pathlib
@@ -175,8 +174,8 @@ class _Lock:
         if holder is None:
             return InputError(f'--workdir={self._workdir}: another run is starting in it; {way_out}')
         if holder['host'] != socket.gethostname():
-            beat = datetime.datetime.fromtimestamp(holder['time']).isoformat(' ', 'seconds')
-            way_out += f'; its last heartbeat was at {beat}, and after {STALE_SECONDS} s without one it counts as dead'
+            age = max(0, time.time() - holder['time'])
+            way_out += f'; its last heartbeat is {age:.0f} s old, and at {STALE_SECONDS} s it counts as dead'
         return InputError(
             f'--workdir={self._workdir}: another run is writing to it, process {holder["pid"]} on host '
             f'{holder["host"]}; {way_out}'

@@ -24,7 +24,6 @@ print(json.dumps([mesh_steps(sizes) for sizes in json.loads(arguments[0])]))
 RUN = """
 import json
 from gpt_jax.errors import InputError
-from gpt_jax.inference import sample_text
 from gpt_jax.training import train
 config, workdir, locked = json.loads(arguments[0]), arguments[1], arguments[2]
 report = {}
