@@ -92,13 +92,12 @@ def main() -> None:
 
     cli.use_compilation_cache()
     # What is wrong is told of before a prompt is asked for, and before the weights are read.
-    checkpoints.resolve(FLAGS.checkpoint, FLAGS.step)
+    found, mesh = checkpoints.resolve(FLAGS.checkpoint, FLAGS.step), cli.read_mesh()
     if FLAGS.debug:
         _check_debug()
     sampling, strategy = _read_strategy()
     prompts = None if FLAGS.interactive else inference.read_prompts(FLAGS.prompt, FLAGS.prompt_file, FLAGS.prompt_lines)
-    mesh = cli.read_mesh()
-    loaded = checkpoints.load_model(FLAGS.checkpoint, FLAGS.step, mesh=mesh)
+    loaded = checkpoints.load_model(found, mesh=mesh)
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
     sampling = dataclasses.replace(sampling, bad_words_ids=inference.word_ids(tokenizer, FLAGS.bad_words))
     if FLAGS.debug:

@@ -62,6 +62,7 @@ def main() -> None:
     placement = planning.Placement.of(
         _planned_model(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
     )
+    check_mesh(run, dataclasses.asdict(placement.mesh))
     on_cpu = bool(devices) and planning.topology_compiler(TOPOLOGY.value) == 'cpu'
 
     def memory(placement: planning.Placement) -> planning.Memory:

@@ -100,7 +100,7 @@ def two_processes():
     The script begins with `index` and `arguments`; jax knows all devices, `devices` of them in each process.
     """
 
-    def run(script, *arguments, devices=1, timeout=240):
+    def run(script, *arguments, devices=1, timeout=600):
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
             port = probe.getsockname()[1]

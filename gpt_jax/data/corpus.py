@@ -157,12 +157,12 @@ def _invalid(what: str) -> InputError:
     )
 
 
-def held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation: by its text, so that copies of it never land in both splits."""
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-    return draw < fraction * 2**64
-
-
 def split_of(text: str, fraction: float) -> str:
-    """The split of a document of which `fraction` are held out."""
-    return 'validation' if held_out(text, fraction) else 'train'
+    """The split of a document of which `fraction` are held out: by its text, so that copies are never in both."""
+    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+    return 'validation' if draw < fraction * 2**64 else 'train'
+
+
+def by_hash(fraction: float) -> str:
+    """The `split_rule` of corpora that `split_of` divides."""
+    return f'{fraction} of the documents, by the hash of their text; copies are in the same split'

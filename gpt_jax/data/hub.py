@@ -15,7 +15,7 @@ from typing import Any
 
 from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
-from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, split_of
+from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, by_hash, split_of
 from gpt_jax.errors import InputError, first_line
 
 ANSWER_SECONDS = 4.0
@@ -77,7 +77,7 @@ class HubCorpus(Corpus):
         """What is held out."""
         if self._own_validation:
             return "the dataset's own validation split"
-        return f'{self._fraction} of the documents, by the hash of their text; copies are in the same split'
+        return by_hash(self._fraction)
 
     def resolve(self, recorded: Mapping[str, Any] | None = None) -> 'HubCorpus':
         """Asks the hub for the commit and its files, or takes those that `source` recorded.
@@ -344,6 +344,8 @@ def _datasets() -> Any:
     """The library, without the lines that it prints: what goes wrong is said in one line of ours."""
     import datasets  # two seconds, and data that were prepared before do without it
 
+    # Each of these is half a minute of the hub's client, which tries five times by itself: 20 would be ten minutes.
+    datasets.config.STREAMING_READ_MAX_RETRIES = 3
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets

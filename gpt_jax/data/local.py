@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
-from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, split_of
+from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, by_hash, split_of
 from gpt_jax.data.tokenizer import safe_end
 from gpt_jax.errors import InputError, first_line
 from gpt_jax.files import replacing, sha256
@@ -92,7 +92,7 @@ class LocalCorpus(Corpus):
         """What is held out."""
         if self.kind == 'whole':
             return f'the last {self.fraction} of the characters; text that is repeated may be in both splits'
-        return f'{self.fraction} of the documents, by the hash of their text; copies are in the same split'
+        return by_hash(self.fraction)
 
     def source(self) -> dict[str, Any]:
         """The files, with their sizes and sums."""
@@ -168,7 +168,7 @@ class LocalCorpus(Corpus):
         decoder = self.decoder()
         for number, path in enumerate(self.paths):
             position = 0
-            for data in _blocks(path):
+            for data in _read_blocks(path):
                 places[-1] = (number, position)
                 counts.append(counts[-1] + len(decoder.text(data, f'data.path={path}', position)))
                 position += len(data)
@@ -233,7 +233,7 @@ def _kind(path: pathlib.Path, documents: str) -> str:
     return kind
 
 
-def _blocks(path: pathlib.Path, start: int = 0, stop: int = ENDLESS) -> Iterator[bytes]:
+def _read_blocks(path: pathlib.Path, start: int = 0, stop: int = ENDLESS) -> Iterator[bytes]:
     """The bytes of a file, some megabytes at a time, no character cut in two."""
     try:
         with open(path, 'rb') as file:
@@ -264,7 +264,7 @@ def _whole_characters(data: bytes) -> int:
 
 
 def _texts(path: pathlib.Path, start: int, stop: int, decoder: Decoder) -> Iterator[str]:
-    for data in _blocks(path, start, stop):
+    for data in _read_blocks(path, start, stop):
         yield decoder.text(data, f'data.path={path}', start)
         start += len(data)
 

@@ -145,7 +145,7 @@ def prepare(
         name: _prepare_corpus(corpus, config, tokenizer, piece or (1, 1), log) for name, corpus in corpora.items()
     }
     if None in prepared.values():
-        return None
+        return None  # other machines are still at their pieces
     return TrainingData(next(iter(prepared.values())).tokenizer, prepared, weights)
 
 
@@ -254,7 +254,8 @@ def _prepare_corpus(
     cache = config.cache
     folder, tokenizer = _choose_folder(cache, corpus, config, tokenizer)
     if is_complete(folder):
-        prepared = _open(folder, corpus, log)
+        # The corpus is neither read nor resolved: this takes no network, and milliseconds.
+        prepared = _open_folder(folder, corpus, log)
         log(f'data: reused from {folder}')
         return prepared
     with _writing(cache):
@@ -263,7 +264,7 @@ def _prepare_corpus(
         tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
         if not _build(folder, corpus, config, tokenizer, piece, log):
             return None
-    return _open(folder, corpus, log)
+    return _open_folder(folder, corpus, log)
 
 
 def _choose_folder(
@@ -286,7 +287,7 @@ def _choose_folder(
         folder = folder_of(_tokenizer_key(config))
         # A resumed run gives the tokenizer that was made here before: its shards are here, too.
         if given is None:
-            return folder, None
+            return folder, None  # made, or downloaded, only where the folder is not complete
         if is_complete(folder) and read_manifest(folder)['tokenizer_fingerprint'] == given.fingerprint:
             return folder, given
     return folder_of(given.fingerprint), given
@@ -348,6 +349,7 @@ def _make_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def _sample(corpus: Corpus) -> Iterator[str]:
     """The training text that BPE learns from: the beginnings of parts that are spread over the corpus."""
     parts = [part for part in corpus.parts() if part.split in ('', 'train')]
+    # The first parts alone may all be of one year, one site or one language.
     spread = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]
     chosen = parts if len(parts) <= TOKENIZER_PARTS else spread
     empty = True
@@ -370,6 +372,7 @@ def _build(
 ) -> bool:
     """Makes this piece's parts and, where no other's is missing then, the manifest; returns whether none is."""
     start = time.perf_counter()
+    # The same for every machine and number of workers: pieces and restarts count on it.
     parts = corpus.parts()
     jobs = [Job(folder, corpus, number, part) for number, part in enumerate(parts)]
     mine = [job for job in jobs[piece[0] - 1 :: piece[1]] if read_report(folder, job.number, corpus, tokenizer) is None]
@@ -410,7 +413,7 @@ def _log_counts(corpus: Corpus, content: dict[str, Any], seconds: float, log: Ca
     )
 
 
-def _open(folder: pathlib.Path, corpus: Corpus, log: Callable[[str], None]) -> Prepared:
+def _open_folder(folder: pathlib.Path, corpus: Corpus, log: Callable[[str], None]) -> Prepared:
     content = read_manifest(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     check_manifest(folder, content, corpus, tokenizer)

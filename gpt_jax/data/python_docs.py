@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, split_of
+from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, by_hash, split_of
 
 SCHEME = 1  # raise it whenever the code below would give other text: it is part of the fingerprint
 LEFT_OUT_FOLDERS = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
@@ -45,7 +45,7 @@ class PythonDocs(Corpus):
     @property
     def split_rule(self) -> str:
         """What is held out."""
-        return f'{self.fraction} of the documents, by the hash of their text; copies are in the same split'
+        return by_hash(self.fraction)
 
     def parts(self) -> Sequence[Part]:
         """One: it is small."""

@@ -151,7 +151,7 @@ def read_header(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> 
     """What a shard says of itself, held against the file's size and, where given, the tokenizer meant to be used.
 
     Raises InputError, naming the file, where it is missing, no shard, of another version, shorter or longer than its
-    header says, or made with another tokenizer. The tokens themselves are not read: see `verify`.
+    header says, or made with another tokenizer. The tokens themselves are not read: see `verify_shard`.
     """
     path = pathlib.Path(path)
     try:
@@ -184,7 +184,7 @@ def read_header(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> 
     return info
 
 
-def verify(info: ShardInfo) -> None:
+def verify_shard(info: ShardInfo) -> None:
     """Reads all of a shard. Raises InputError where its tokens are not those that were written."""
     digest = hashlib.sha256()
     with open(info.path, 'rb') as file:
@@ -404,7 +404,7 @@ def open_shards(
         size = sum(info.tokens * info.dtype.itemsize for info, _ in changed.values())
         log(f'data: verifying {len(changed)} shards that were copied or changed, {size / 1e6:.1f} MB')
         for info, _ in changed.values():
-            verify(info)
+            verify_shard(info)
         _remember(folder, remembered | {name: mtime_ns for name, (_, mtime_ns) in changed.items()})
     return shards
 
@@ -442,15 +442,15 @@ def inspect(folder: str | os.PathLike) -> Iterator[str]:
         infos = [read_header(folder / shard['file'], tokenizer) for shard in content['shards'][split]]
         for info, shard in zip(infos, content['shards'][split], strict=True):
             check_shard(info, shard)
-            verify(info)
+            verify_shard(info)
         yield ''
-        yield from _of_split(split, Tokens(infos), content['bytes'][split], tokenizer)
+        yield from _describe_split(split, Tokens(infos), content['bytes'][split], tokenizer)
 
 
-def _of_split(split: str, tokens: Tokens, bytes_: int, tokenizer: Tokenizer) -> Iterator[str]:
+def _describe_split(split: str, tokens: Tokens, bytes_: int, tokenizer: Tokenizer) -> Iterator[str]:
     yield f'{split}: {tokens.documents:,} documents, {len(tokens):,} tokens, {bytes_:,} bytes'
     yield f'  {len(tokens.shards)} shards, every sha256 verified; {bytes_ / len(tokens):.2f} bytes a token'
-    counts, lengths = _count(tokens, tokenizer)
+    counts, lengths = _count_tokens(tokens, tokenizer)
     used = int(np.count_nonzero(counts))
     yield f'  vocabulary: {used:,} of {tokenizer.vocab_size:,} tokens are used ({used / tokenizer.vocab_size:.1%})'
     common = np.argsort(-counts, kind='stable')[:8]
@@ -464,7 +464,7 @@ def _of_split(split: str, tokens: Tokens, bytes_: int, tokenizer: Tokenizer) -> 
         yield f'  tokens {start} on: {tokenizer.decode(tokens[start : start + WINDOW])!r}'
 
 
-def _count(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _count_tokens(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Uses of every id [vocab], and documents by the logarithm of their length [64], end of text not counted."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     lengths = np.zeros(64, np.int64)

@@ -261,6 +261,16 @@ def layer_trees(blocks: Params | tuple[Params, ...], count: int) -> tuple[Params
     return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*columns, strict=True))
 
 
+def _cut(blocks: Params, layer: int, x_BTD: jax.Array) -> Params:
+    """The parameters of one of the stacked layers, cut out when `x_BTD`, which goes into the layer, is there.
+
+    The compiler would cut all layers at once, and in a decoding loop before the first step: a copy of the weights. The
+    place of the cut is therefore told with a term of zero that only `x_BTD` gives.
+    """
+    zero = jnp.minimum(jnp.abs(x_BTD.reshape(-1)[0]).astype(jnp.int32), 0)
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer + zero, keepdims=False), blocks)
+
+
 def _unstack_array(n_layer: int):
     """[n_layer, ...] -> tuple of [...], whose gradient is one stack instead of a sum of n_layer padded arrays."""
 
@@ -405,7 +415,8 @@ class GPT(nn.Module):
             raise InputError(f'{positions_BT.shape[1]} tokens exceed the {slots} slots of the cache; make a longer one')
         after, places = advance(cache, positions_BT, empty)
         kept = []
-        for layer, layer_params in enumerate(layer_trees(self.blocks, self.config.n_layer)):
+        for layer in range(self.config.n_layer):
+            layer_params = self.blocks[layer] if isinstance(self.blocks, tuple) else _cut(self.blocks, layer, x_BTD)
             layer_cache = (cache['key'][layer], cache['value'][layer])
             x_BTD, layer_cache = run(x_BTD, layer_params, layer, self.config.band(layer), layer_cache, places)
             kept.append(layer_cache)
@@ -455,6 +466,21 @@ def preset(name: str, **changes: Any) -> GPT:
       InputError: there is no such preset.
     """
     return GPT(preset_config(name, **changes))
+
+
+def attention_kernels(config: GPTConfig, device: jax.Device, documents: bool = False) -> list[str]:
+    """The kernels that training runs on a device like `device`, each once: ['cudnn'], ['blockwise', 'banded'], ...
+
+    For logs; `attention.choose_kernel` is what chooses. `documents` tells that rows hold several of them.
+    """
+    bands = [config.band(layer) for layer in range(config.n_layer)]
+    bands = [band if band is not None and band < config.block_size else None for band in bands]
+    dropout = config.attention_dropout > 0
+    kernels = (
+        attention.choose_kernel(device, config.dtype, config.head_dim, band=band, dropout=dropout, documents=documents)
+        for band in bands
+    )
+    return list(dict.fromkeys(kernels))
 
 
 @functools.cache

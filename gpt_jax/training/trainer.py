@@ -19,6 +19,7 @@ from gpt_jax.config import RunConfig, as_record, parse
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
+from gpt_jax.models.attention import choose_kernel
 from gpt_jax.parallel import global_batch, make_mesh, tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
@@ -182,13 +183,11 @@ class Trainer:
         self.schedule = make_schedule(run, self.lengths)
         self.optimizer = make_optimizer(run.optimizer, self.schedule)
         self.model = GPT(model_config(run, self.data.tokenizer.vocab_size))
-        self.total = max(self.start, self.lengths.total)
+        self.total = max(self.start, self.lengths.total)  # its length may be changed to less than it has come
         self.loss: float | None = None
         self.val_loss: float | None = None
         self._tokens_per_step = run.train.batch_size * run.model.block_size
         self._separator = self.data.tokenizer.end_of_text if run.data.mask_documents else None
-
-    # Before the first step
 
     def is_finished(self) -> bool:
         """Whether all steps are taken, and what follows the last one is done."""
@@ -222,7 +221,7 @@ class Trainer:
         devices = f'{jax.device_count()} {jax.devices()[0].platform} device(s)'
         self.say(
             f'model: {self.model.config.num_parameters:,} parameters; {self.total:,} steps of '
-            f'{self._tokens_per_step:,} tokens on {devices}'
+            f'{self._tokens_per_step:,} tokens on {devices}; attention: {self._attention_kernels()}'
         )
         if self.start:
             self.say(f'resuming from step {self.start}')
@@ -238,8 +237,6 @@ class Trainer:
             if self._metrics is not None:
                 self._metrics.close()
                 plot_loss(self._workdir)
-
-    # The loop
 
     def take_steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         """All steps that are left, and what is due before, between and after them; the last step and its state."""
@@ -315,8 +312,6 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.write(row)
         self._progress.row(row)
-
-    # What is due between steps: evaluation, previews, checkpoints
 
     def _due(self, step: int, *kinds: str) -> bool:
         """Whether any of `kinds` ('eval', 'preview', 'checkpoint'; none given: all) follows `step`."""
@@ -416,8 +411,6 @@ class Trainer:
             'init_from': None if self._weights is None else self._weights.record,
         }
 
-    # What it says
-
     def say(self, line: str) -> None:
         """Prints a line, in the first of several processes."""
         if self._is_first_process:
@@ -437,6 +430,23 @@ class Trainer:
         if not step:
             return 'stopped before the first step, so nothing is saved; the same command starts anew'
         return f'stopped and saved at step {step} in {self._workdir}; the same command goes on from there'
+
+    def _attention_kernels(self) -> str:
+        """The kernels that a training step's attention runs: which one is fast depends on device, width and dropout."""
+        c = self.model.config
+        bands = {c.band(layer) for layer in range(c.n_layer)}
+        kernels = {
+            choose_kernel(
+                self.mesh.devices.flat[0],
+                c.dtype,
+                c.head_dim,
+                band=band if band is not None and band < c.block_size else None,
+                dropout=c.attention_dropout > 0,
+                documents=self._separator is not None,
+            )
+            for band in bands
+        }
+        return ' and '.join(sorted(kernels))
 
     def _not_finite(self, numbers: str, step: int) -> InputError:
         """What to raise where `numbers` of `step` are not finite, before anything is saved of it."""

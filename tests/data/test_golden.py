@@ -45,7 +45,7 @@ def test_a_folder_of_local_text_is_reused(config, cache):
     assert sorted(texts) == sorted(TEXT.split('\n\n'))
 
 
-def test_a_folder_that_was_not_finished_is_gone_on_with(config, cache):
+def test_a_folder_that_was_not_finished_is_continued(config, cache):
     folder = cache / 'text-1dbc3dc2899a9682'
     expected = manifest(folder)
     shard = (folder / 'train-00000.bin').stat().st_mtime_ns

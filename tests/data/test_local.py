@@ -78,7 +78,7 @@ def test_every_form_gives_the_same_documents_in_the_same_splits(tmp_path, monkey
     assert replaced == 0
     assert sorted(found['train'] + found['validation']) == sorted(TEXTS)
     assert [text for text in TEXTS if text in found['train']] == found['train']
-    assert found['validation'] == [text for text in TEXTS if corpus.held_out(text, 0.05)] != []
+    assert found['validation'] == [text for text in TEXTS if corpus.split_of(text, 0.05) == 'validation'] != []
     assert (len(corpus_.parts()) > 3) == (size == 300 and form not in ('jsonl.gz', 'jsonl.zst'))
 
 

@@ -181,7 +181,7 @@ def test_a_flipped_bit_is_found_at_the_next_start(config, place):
 def test_unchanged_shards_are_verified_once_after_they_were_copied(config, tmp_path, monkeypatch):
     folder = prepare_one(config, log=quiet).folder
     verified = []
-    monkeypatch.setattr(shards, 'verify', lambda info: verified.append(info.path.name))
+    monkeypatch.setattr(shards, 'verify_shard', lambda info: verified.append(info.path.name))
     prepare_one(config, log=quiet)
     assert verified == []
     os.utime(folder / 'train-00001.bin')

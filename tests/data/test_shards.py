@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_jax.data import Tokens, read_header, write_shard
-from gpt_jax.data.shards import HEADER, verify
+from gpt_jax.data.shards import HEADER, verify_shard
 from gpt_jax.errors import InputError
 
 PRINT = 'ab' * 32
@@ -99,12 +99,12 @@ def test_another_tokenizer_is_refused_only_where_asked(shard, other):
 
 @pytest.mark.parametrize('place', [72, HEADER.size, -1])
 def test_a_flipped_bit_of_the_tokens_or_their_sum_is_found_by_verifying(shard, place):
-    verify(read_header(shard))
+    verify_shard(read_header(shard))
     content = bytearray(shard.read_bytes())
     content[place] ^= 0x01
     shard.write_bytes(content)
     with pytest.raises(InputError, match=r'train\.bin: damaged, the sha256'):
-        verify(read_header(shard))
+        verify_shard(read_header(shard))
 
 
 def test_failure_in_the_middle_keeps_the_old_file_and_leaves_no_other(shard):

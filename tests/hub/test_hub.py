@@ -58,7 +58,7 @@ def test_wikitext_103_is_whole_articles_with_a_split_of_its_own(run_prepare):
     assert [text.split('\n')[0] for text in result['validation']] == [' = Held out = ']
 
 
-@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize('streaming', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', ['openwebtext_10k', 'wikitext_103'])
 def test_tokens_are_those_of_the_program_that_read_parquet_by_itself(run_prepare, tmp_path, name, streaming):
     (path,) = [*GOLDEN.glob(f'{name}*/manifest.json'), *GOLDEN.glob(f'{name}-manifest.json')]
@@ -203,7 +203,11 @@ def csv_file():
 @pytest.mark.parametrize('streaming', [False, True])
 @pytest.mark.parametrize(
     ('path', 'content'),
-    [('data/train.jsonl', lines_file()), ('train.csv', csv_file()), ('train.jsonl.gz', gzip.compress(lines_file()))],
+    [
+        ('data/train.jsonl', lines_file()),
+        ('train.csv', csv_file()),
+        pytest.param('train.jsonl.gz', gzip.compress(lines_file()), marks=pytest.mark.slow),
+    ],
 )
 def test_every_format_that_datasets_reads_comes_to_the_same_tokens(
     hub, run_prepare, tmp_path, path, content, streaming
@@ -257,7 +261,7 @@ def test_row_groups_of_a_file_are_shared_by_workers_and_come_back_in_order(hub, 
     assert len(list(folder_of(tmp_path).glob('train-*.bin'))) > 2
 
 
-def test_data_prepared_when_only_parquet_was_read_are_gone_on_with(hub, run_prepare, tmp_path):
+def test_data_prepared_when_only_parquet_was_read_are_continued(hub, run_prepare, tmp_path):
     first = run_prepare('openwebtext_10k', part_bytes=5000)
     record = folder_of(tmp_path) / 'source.json'
     source = json.loads(record.read_text())

@@ -295,10 +295,7 @@ def test_requests_join_and_leave_a_running_batch_and_their_texts_are_those_made_
     stopping = StoppingCriteria(12, END)
     prompts = [rng.integers(0, END, length).tolist() for length in (5, 40, 2, 23, 9)]
     requests = make_requests(BLOCK, prompts, stopping)
-    alone = [
-        generate(engine, [[]] * index + [prompt], sampling, stopping, seed=3)[-1][0]
-        for index, prompt in enumerate(prompts)
-    ]
+    alone = [result for (result,) in generate(engine, prompts, sampling, stopping, seed=3, batch_size=1)]
     batch = SamplingBatch(engine, 4, 60, sampling, stopping, seed=3)
     first, second, third = batch.add(requests[:3])
     batch.advance(5)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gpt_jax.models import attention_kernels, preset_config
 from gpt_jax.models.attention import choose_kernel
 from gpt_jax.models.layers import matmul_transposed
 from gpt_jax.parallel import MeshConfig, activate, make_mesh, target_device
@@ -56,6 +57,23 @@ def test_dropout_makes_all_probabilities_and_documents_go_block_by_block(device)
     assert choose_kernel(device, jnp.bfloat16, 64, documents=True) == 'blockwise'
     assert choose_kernel(device, jnp.bfloat16, 64, documents=True, band=8) == 'banded'
     assert choose_kernel(device, jnp.bfloat16, 64, band=8) == ('cudnn' if device is H100 else 'banded')
+
+
+@pytest.mark.parametrize(
+    ('device', 'changes', 'documents', 'kernels'),
+    [
+        (H100, {}, False, ['cudnn']),
+        (H100, {}, True, ['blockwise', 'banded']),
+        (H100, {'compute_dtype': 'f32'}, False, ['blockwise', 'banded']),
+        (H100, {'attention_dropout': 0.1}, False, ['full']),
+        (CPU, {}, False, ['blockwise', 'banded']),
+        (CPU, {'band_size': 1024}, False, ['blockwise']),
+        (T4, {'attention_pattern': 'dense'}, False, ['blockwise']),
+    ],
+)
+def test_the_kernels_of_a_model_are_named_once_each(device, changes, documents, kernels):
+    config = preset_config('gpt3-125m', **({'block_size': 1024, 'compute_dtype': 'bf16'} | changes))
+    assert attention_kernels(config, device, documents) == kernels
 
 
 def test_the_target_is_a_device_of_the_active_mesh():

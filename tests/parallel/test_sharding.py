@@ -12,7 +12,16 @@ from jax.sharding import PartitionSpec
 
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, GPTConfig
-from gpt_jax.parallel import MeshConfig, activate, batch_sharding, make_mesh, parameter_spec, replicated, tree_shardings
+from gpt_jax.parallel import (
+    MeshConfig,
+    activate,
+    batch_sharding,
+    global_batch,
+    make_mesh,
+    parameter_spec,
+    replicated,
+    tree_shardings,
+)
 from gpt_jax.parallel.sharding import PARAMETER_RULES
 
 # The batch and the width are large beside the fixed costs, so that the flops of the matrices show.
@@ -190,3 +199,21 @@ def test_replicated_values_are_whole_on_every_device():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     value = jax.device_put(np.zeros((8, 6)), replicated(mesh))
     assert [shard.data.shape for shard in value.addressable_shards] == [(8, 6)] * 8
+
+
+def test_each_device_has_its_part_of_a_batch_and_every_row_is_made_once():
+    whole = {'tokens': np.arange(32, dtype=np.int32).reshape(8, 4), 'weights': np.ones((8, 4), np.float32)}
+    asked = []
+
+    def rows(start, stop):
+        asked.append((start, stop))
+        return {name: values[start:stop] for name, values in whole.items()}
+
+    mesh = make_mesh(MeshConfig(data=2, tensor=2, context=2), jax.devices())
+    batch = global_batch(rows, (8, 4), mesh)
+    assert asked == [(0, 4), (4, 8)]  # although four devices hold each half
+    for name, values in whole.items():
+        np.testing.assert_array_equal(batch[name], values)
+        assert batch[name].dtype == values.dtype
+        assert batch[name].sharding == batch_sharding(mesh)
+        assert {shard.data.shape for shard in batch[name].addressable_shards} == {(4, 2)}

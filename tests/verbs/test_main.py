@@ -46,6 +46,7 @@ def test_a_run_from_the_command_line_exits_0_and_says_how_to_go_on(verb, config,
     assert status == 0
     assert f'python -m gpt_jax.generate --checkpoint={tmp_path}' in output
     assert 'sample:\nthe ' in output
+    assert ' device(s); attention: full\n' in output  # no other kernel has dropout
     assert (tmp_path / 'checkpoints' / '3').is_dir()
     # Steps on the command line replaced the epochs of the file.
     recorded = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))

@@ -135,6 +135,10 @@ def test_remat_micro_batches_and_fsdp_make_the_plan_smaller(verb):
             'mesh.context=2 cannot train yet',
         ),
         (['SMOKE', '--devices=32'], 'train.batch_size=8 in 1 micro-batches is not divisible by the 32 devices'),
+        (
+            ['SMOKE', '--devices=8', '--config.mesh.context=8'],
+            'mesh.context=8 cannot train yet, for want of ring attention',
+        ),
         (['SMOKE', '--device_kind=H100'], '--device_kind=H100 is not one of'),
         (['SMOKE', '--decode_length=33'], '--decode_length=33 exceeds model.block_size=32'),
         (['SMOKE', '--config.model.remat=some'], "model.remat='some' must be one of"),
