@@ -62,7 +62,6 @@ def main() -> None:
     placement = planning.Placement.of(
         _planned_model(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
     )
-    check_mesh(run, dataclasses.asdict(placement.mesh))
     on_cpu = bool(devices) and planning.topology_compiler(TOPOLOGY.value) == 'cpu'
 
     def memory(placement: planning.Placement) -> planning.Memory:
@@ -78,6 +77,7 @@ def main() -> None:
     peak = PEAK_TFLOPS.value * 1e12 if PEAK_TFLOPS.value else device and device.peak_flops
     limit = device and device.memory_bytes
     estimate = memory(placement)
+    # After the state has been split: an axis that divides no parameter is the plainer reason.
     check_mesh(run, dataclasses.asdict(placement.mesh))
     plan = {'name': config_flags.get_config_filename(flags.FLAGS['config']), 'device_kind': kind}
     plan |= _recipe_section(run) | planning.model_section(placement, _training_tokens(run))

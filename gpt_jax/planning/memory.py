@@ -271,11 +271,14 @@ def _block_bytes(config: GPTConfig, tokens: float, itemsize: int, band: int | No
 
 def _loss_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize: int, cpu: bool) -> float:
     """Bytes that the final norm and the loss work with, forward and backward, besides `_table_copy`."""
-    vocab = config.padded_vocab_size / mesh.tensor
-    chunk = CHUNK_ELEMENTS['cpu' if cpu else 'accelerator']
-    logits = min(tokens * vocab, chunk) * (F32 + itemsize)  # and their gradients
+    vocab, time = config.padded_vocab_size / mesh.tensor, max(1, config.block_size // mesh.context)
+    # The fewest equal chunks of time whose logits are not too many (see models/losses.py).
+    wanted = min(time, math.ceil(tokens * vocab / CHUNK_ELEMENTS['cpu' if cpu else 'accelerator']))
+    chunks = next(count for count in range(max(1, wanted), time + 1) if time % count == 0)
+    # Logits, and their gradients in the compute dtype: a single chunk's, in float32, are written over the logits.
+    logits = tokens * vocab / chunks * (F32 + (0 if chunks == 1 and itemsize == F32 else itemsize))
     # The newest chunk's gradient of the head, beside the sum, which is counted with the gradients.
-    head = vocab * config.d_model * F32 if tokens * vocab > chunk else 0
+    head = vocab * config.d_model * F32 if chunks > 1 else 0
     return logits + head + 3 * tokens * config.d_model * itemsize  # its input, the gradients of that and of the norm's
 
 

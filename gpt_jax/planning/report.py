@@ -158,7 +158,7 @@ def _memory(plan: Plan) -> list[str]:
     )
     total, limit = found['total_bytes'], found['device_bytes']
     share = '' if limit is None else f'{total / limit:.0%} of the {size(limit)} of a {plan["device_kind"]}'
-    lines = [_row(label, size(found[key]), note) for label, key, note in parts]
+    lines = [_row(label, size(found[key]), note) for label, key, note in parts if key != 'overlap_bytes' or found[key]]
     count = f'{found["devices"]:,} devices' if found['devices'] > 1 else '1 device'
     return [f'Memory of a device in training, estimated ({count}: {mesh})', *lines, _row('total', size(total), share)]
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import optax
 import pytest
 
@@ -6,7 +8,7 @@ from gpt_jax.models import GPT, GPTConfig, preset_config
 from gpt_jax.parallel import MeshConfig, make_abstract_mesh
 from gpt_jax.planning import Memory, Placement, advice
 from gpt_jax.planning.cost import cache_bytes, training_cost
-from gpt_jax.planning.memory import sharded_bytes, smaller
+from gpt_jax.planning.memory import sharded_bytes, smaller, training_memory
 from gpt_jax.training.step import abstract_state
 
 CONFIG = GPTConfig(512, 64, n_layer=2, n_head=2, d_model=32)
@@ -82,7 +84,7 @@ def test_the_cache_of_a_banded_layer_holds_its_band_alone():
     config = preset_config('gpt3-125m', compute_dtype='bf16')
     banded, dense = cache_bytes(config, batch=3, length=2048)
     a_token = 2 * 768 * 2 * 3  # key and value of three sequences in two bytes each, in one layer
-    bookkeeping = 3 * 2048 * 4 + 4
+    bookkeeping = 3 * 2048 * 4 + 3 * 4  # the position in each slot, the next slot of each row
     assert dense == 12 * 2048 * a_token + bookkeeping
     assert banded == 6 * (2048 + 256) * a_token + bookkeeping + 3 * 256 * 4
 
@@ -97,3 +99,17 @@ def test_parameters_take_what_the_sharding_rules_leave_on_a_device():
     vectors = 4 * (CONFIG.num_parameters - matrices // 4)
     assert bytes_on(MeshConfig(data=-1), 512) == matrices + vectors
     assert bytes_on(MeshConfig(fsdp=16), 32) == matrices // 16 + vectors
+
+
+def test_gradients_are_exact_and_what_is_never_there_at_once_is_taken_off():
+    def estimate(**fields):
+        planned = placement(mesh=(1, 8, 1, 1), config=dataclasses.replace(CONFIG, **fields))
+        state = abstract_state(GPT(planned.config), optax.identity(), make_abstract_mesh(planned.mesh, 8))
+        return training_memory(planned, state), sharded_bytes(state.params), sharded_bytes(state.params['blocks'])
+
+    # Unrolled, the gradients of the layers come when what they kept has gone; scanned, they are there beside it.
+    unrolled, params, blocks = estimate()
+    assert (unrolled.parameters, unrolled.gradients, unrolled.overlap) == (params, params, -blocks)
+    scanned, _, _ = estimate(scan_layers=True)
+    assert scanned.gradients == params
+    assert -blocks <= scanned.overlap <= 0
