@@ -33,9 +33,9 @@ def main() -> int:
     config = cli.read_config(CONFIG)
     settings, tokenizer = config.data.to_dict(), None
     if config.train.init_from is not None:
-        from gpt_jax.training.init_from import StartingWeights
+        from gpt_jax.training.recipe import find_initial_weights
 
-        tokenizer = StartingWeights.find(config.train.init_from).tokenizer
+        tokenizer = find_initial_weights(config.train.init_from).tokenizer
         settings['tokenizer'] = settings['tokenizer'] or tokenizer.kind
     if NUM_WORKERS.value is not None:
         settings['num_workers'] = NUM_WORKERS.value

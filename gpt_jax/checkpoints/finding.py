@@ -64,13 +64,13 @@ class PretrainedWeights:
 
     Attributes:
       path: as the user named them.
-      found: where they are.
+      found: where they are; None where a run was already begun with them.
       model: their architecture.
       tokenizer: the one they belong to.
     """
 
     path: str
-    found: Resolved
+    found: Resolved | None
     model: GPTConfig
     tokenizer: Tokenizer
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gpt_jax.config import FIELDS, LENGTHS, WEIGHTS_KEYS, RunConfig, as_dict, parse
+from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.models import PRESETS, GPTConfig
 from gpt_jax.models.config import ASSUMED_BAND_SIZE
 
 if TYPE_CHECKING:
-    from gpt_jax.training.init_from import StartingWeights
+    from gpt_jax.checkpoints import PretrainedWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _row(version: str, preset: str | None) -> tuple[Size, str]:
     return GPT3_SIZES[row], TABLE if row == preset else f'assumed: as {row} in {TABLE}'
 
 
-def resolve(config: Mapping[str, Any] | RunConfig, weights: 'StartingWeights | None' = None) -> RunConfig:
+def resolve(config: Mapping[str, Any] | RunConfig, weights: 'PretrainedWeights | None' = None) -> RunConfig:
     """The experiment with its unset keys filled in, and checked: nothing is left to a recipe.
 
     From the preset, the weights that the run starts from, the recipe, and the defaults, in this order.
@@ -211,9 +212,7 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'StartingWeights | N
     """
     given = parse(config)
     if given.train.init_from is not None and weights is None:
-        from gpt_jax.training.init_from import StartingWeights
-
-        weights = StartingWeights.find(given.train.init_from)
+        weights = find_initial_weights(given.train.init_from)
     settings = as_dict(given)
     model = settings['model']
     if model['preset'] is not None:
@@ -249,7 +248,30 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'StartingWeights | N
     return given if run == given else run
 
 
-def _take_over(settings: dict[str, dict[str, Any]], weights: 'StartingWeights') -> None:
+def find_initial_weights(path: str, recorded: Mapping[str, Any] | None = None) -> 'PretrainedWeights':
+    """The weights that `train.init_from` names, described by the run's own checkpoint where that began with them.
+
+    Args:
+      path: a workdir (its best step), a step folder or a Hugging Face directory.
+      recorded: the description of the checkpoint that the run goes on from, if any; the weights themselves are then
+        needed no more, and `found` is None.
+
+    Raises:
+      InputError: there is no such checkpoint, or it is damaged, of another architecture or without a tokenizer.
+    """
+    from gpt_jax import checkpoints  # orbax takes seconds to import, and most runs start from no weights
+
+    record = (recorded or {}).get('init_from') or {}
+    try:
+        if record.get('path') != path:
+            return checkpoints.find_weights(path)
+        model = checkpoints.read_model_config(recorded | record, 'the checkpoint of this run')
+        return checkpoints.PretrainedWeights(path, None, model, Tokenizer.from_json(recorded['tokenizer']))
+    except InputError as error:
+        raise InputError(f'train.init_from={path}: {error}') from None
+
+
+def _take_over(settings: dict[str, dict[str, Any]], weights: 'PretrainedWeights') -> None:
     """Sets the unset keys of the architecture, and `data.tokenizer`, to what the weights have.
 
     Raises InputError, naming every key that is set to something else with both values. A `block_size` below that of the

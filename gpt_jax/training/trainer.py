@@ -14,16 +14,14 @@ from typing import Any, Protocol
 
 import jax
 
-from gpt_jax.checkpoints import Checkpoints, latest_meta
+from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, latest_meta, load
 from gpt_jax.config import RunConfig, as_record, parse
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
-from gpt_jax.models import GPT
-from gpt_jax.models.attention import choose_kernel
+from gpt_jax.models import GPT, attention_kernels
 from gpt_jax.parallel import global_batch, make_mesh, tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
-from gpt_jax.training.init_from import StartingWeights
 from gpt_jax.training.logs import (
     NOTHING,
     MetricsLog,
@@ -35,7 +33,7 @@ from gpt_jax.training.logs import (
     read_rows,
 )
 from gpt_jax.training.optimizer import lengths, make_optimizer, make_schedule
-from gpt_jax.training.recipe import model_config, resolve
+from gpt_jax.training.recipe import find_initial_weights, model_config, resolve
 from gpt_jax.training.step import (
     Batch,
     TrainState,
@@ -106,7 +104,7 @@ def train(
     with workdirs.locked(pathlib.Path(workdir).expanduser()) as workdir:
         recorded = latest_meta(workdir / 'checkpoints')
         path = parse(config).train.init_from
-        weights = None if path is None else StartingWeights.find(path, recorded)
+        weights = None if path is None else find_initial_weights(path, recorded)
         run = resolve(config, weights)
         workdirs.check(workdir, run)
         with Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best) as checkpoints:
@@ -148,7 +146,7 @@ class Trainer:
         self,
         run: RunConfig,
         workdir: pathlib.Path,
-        weights: StartingWeights | None,
+        weights: PretrainedWeights | None,
         recorded: dict[str, Any] | None,
         checkpoints: Checkpoints,
         sample: Sampler | None,
@@ -170,6 +168,8 @@ class Trainer:
         self._checkpoints, self._sample = checkpoints, sample
         self._is_first_process = jax.process_index() == 0
         self.start = recorded['step'] if recorded else 0
+        # What the first weights were, for the description of checkpoints.
+        self._init_from = (recorded or {}).get('init_from')
         self.mesh = make_mesh(run.mesh)
         check_mesh(run, self.mesh.shape)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
@@ -202,12 +202,34 @@ class Trainer:
             abstract = abstract_state(self.model, self.optimizer, self.mesh)
             params, optimizer, _ = self._checkpoints.restore(self.start, abstract.params, abstract.optimizer)
             return TrainState.join(params, optimizer)
-        params = None
-        if self._weights is not None:
-            params = self._weights.load(
-                self._run.model.block_size, lambda tree: tree_shardings(self.mesh, tree, tree), self.say
-            )
+        params = None if self._weights is None else self._load_weights(self._weights)
         return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params)
+
+    def _load_weights(self, weights: PretrainedWeights) -> Any:
+        """The parameters that a new run starts from, each on its devices; says and remembers what they are.
+
+        Raises:
+          InputError: a file is missing or damaged.
+        """
+        try:
+            loaded = load(weights.found, sharding=lambda tree: tree_shardings(self.mesh, tree, tree))
+        except InputError as error:
+            raise InputError(f'train.init_from={weights.path}: {error}') from None
+        from_huggingface = weights.found.huggingface
+        self._init_from = {
+            'path': weights.path,
+            'step': None if from_huggingface else loaded.step,
+            'model': dataclasses.asdict(weights.model),
+            'sha256': fingerprint(loaded),
+        }
+        what = 'a Hugging Face directory' if from_huggingface else f'step {loaded.step}'
+        params, block_size, positions = loaded.params, self._run.model.block_size, len(loaded.params['wpe'])
+        if block_size < positions:
+            what += f', the first {block_size} of its {positions} positions'
+            cut = jax.jit(lambda wpe_TD: wpe_TD[:block_size], out_shardings=params['wpe'].sharding)
+            params['wpe'] = cut(params['wpe'])
+        self.say(f'weights: {weights.path} ({what})')
+        return params
 
     def record(self) -> None:
         """Writes config.json and tokenizer.json, once all is known to be usable."""
@@ -219,9 +241,10 @@ class Trainer:
     def logs(self):
         """Opens the logs, cut back to `start`, for the length of a block; loss.png is drawn at its end."""
         devices = f'{jax.device_count()} {jax.devices()[0].platform} device(s)'
+        kernels = attention_kernels(self.model.config, self.mesh.devices.flat[0], self._separator is not None)
         self.say(
             f'model: {self.model.config.num_parameters:,} parameters; {self.total:,} steps of '
-            f'{self._tokens_per_step:,} tokens on {devices}; attention: {self._attention_kernels()}'
+            f'{self._tokens_per_step:,} tokens on {devices}; attention: {" and ".join(kernels)}'
         )
         if self.start:
             self.say(f'resuming from step {self.start}')
@@ -408,7 +431,7 @@ class Trainer:
             'tokenizer_fingerprint': self.data.tokenizer.fingerprint,
             'data_fingerprint': self.data.fingerprint,
             'lengths': dataclasses.asdict(self.lengths),
-            'init_from': None if self._weights is None else self._weights.record,
+            'init_from': self._init_from,
         }
 
     def say(self, line: str) -> None:
@@ -430,23 +453,6 @@ class Trainer:
         if not step:
             return 'stopped before the first step, so nothing is saved; the same command starts anew'
         return f'stopped and saved at step {step} in {self._workdir}; the same command goes on from there'
-
-    def _attention_kernels(self) -> str:
-        """The kernels that a training step's attention runs: which one is fast depends on device, width and dropout."""
-        c = self.model.config
-        bands = {c.band(layer) for layer in range(c.n_layer)}
-        kernels = {
-            choose_kernel(
-                self.mesh.devices.flat[0],
-                c.dtype,
-                c.head_dim,
-                band=band if band is not None and band < c.block_size else None,
-                dropout=c.attention_dropout > 0,
-                documents=self._separator is not None,
-            )
-            for band in bands
-        }
-        return ' and '.join(sorted(kernels))
 
     def _not_finite(self, numbers: str, step: int) -> InputError:
         """What to raise where `numbers` of `step` are not finite, before anything is saved of it."""
