@@ -90,9 +90,10 @@ def test_the_tpu_compiler_allocates_what_the_estimate_says(verb):
     memory, compiled = (json.loads(output)[section] for section in ('memory', 'compiled'))
     assert (compiled['compiler'], compiled['fits']) == ('the TPU compiler', True)
     assert memory['total_bytes'] == pytest.approx(compiled['needed_bytes'], rel=0.15)
-    # Parameters and Adam's moments, split over four, and the batch: exactly what goes in, but for padding.
-    given = memory['parameters_bytes'] + memory['optimizer_bytes']
-    assert given == pytest.approx(compiled['arguments_bytes'], rel=0.02)
+    # Parameters and Adam's moments, split over four, and the batch: what goes in, but for the layout's padding (4.7 %
+    # with libtpu 0.0.42).
+    given = sum(memory[f'{name}_bytes'] for name in ('parameters', 'optimizer', 'batch'))
+    assert given <= compiled['arguments_bytes'] <= 1.05 * given
 
 
 def test_the_row_of_the_table_that_contradicts_itself_is_explained(verb):
