@@ -64,31 +64,31 @@ def advance(cache: Cache, positions_BT: jax.Array, empty: bool = False) -> tuple
     not look into the cache, and a dense layer takes the tokens as one piece.
 
     Returns:
-      The bookkeeping of the cache with the tokens in it, all but their keys and values; and `places`: where the tokens
+      The bookkeeping of the cache with the tokens in it, all but their keys and values; and `cache_slots`: where the tokens
       go, and the positions `before` (of a banded layer `band_before`) of what the cache held so far.
     """
     shown_BT = jnp.where(positions_BT < 0, EMPTY, positions_BT).astype(jnp.int32)
     after = {'lengths': jnp.maximum(cache['lengths'], jnp.max(positions_BT, axis=1) + 1)}
-    places = {'shown': shown_BT, 'empty': empty}
+    cache_slots = {'shown': shown_BT, 'empty': empty}
     for band in ('', 'band_'):
         if f'{band}positions' in cache:
             before_BS = cache[f'{band}positions']
             slots_BT = _slots(positions_BT, before_BS.shape[1])
             rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
             after[f'{band}positions'] = before_BS.at[rows_B1, slots_BT].set(shown_BT, mode='drop')
-            places |= {f'{band}slots': slots_BT, f'{band}before': before_BS}
-    return after, places
+            cache_slots |= {f'{band}slots': slots_BT, f'{band}before': before_BS}
+    return after, cache_slots
 
 
 def store(
-    key_BNSK: jax.Array, value_BNSK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, places: Cache, banded: bool
+    key_BNSK: jax.Array, value_BNSK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, cache_slots: Cache, banded: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """One layer's part of the cache with the keys and values of new tokens in it; `places` is from `advance`."""
+    """One layer's part of the cache with the keys and values of new tokens in it; `cache_slots` is from `advance`."""
     pairs = (key_BNSK, k_BNTK.astype(key_BNSK.dtype)), (value_BNSK, v_BNTK.astype(value_BNSK.dtype))
-    if places['empty'] and not banded:
+    if cache_slots['empty'] and not banded:
         # Padding goes in as well: its slots hold no position, and nobody sees them.
         return tuple(jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0)) for old, new in pairs)
-    slots_BT = places['band_slots' if banded else 'slots']
+    slots_BT = cache_slots['band_slots' if banded else 'slots']
     rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
     # With one index before the heads and one after them, a token's heads are one piece: as many writes as tokens.
     return tuple(old.at[rows_B1, :, slots_BT].set(new.transpose(0, 2, 1, 3), mode='drop') for old, new in pairs)

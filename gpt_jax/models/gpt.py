@@ -76,7 +76,7 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, places: Cache | None = None
+        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, cache_slots: Cache | None = None
     ) -> tuple[jax.Array, tuple | None]:
         """Attends over x itself, or over a cache that x is first added to.
 
@@ -84,7 +84,7 @@ class CausalSelfAttention(nn.Module):
           x_BTD: normalised activations.
           info: what is known of the tokens; their positions are needed with a cache.
           layer_cache: this layer's keys and values.
-          places: where x goes in the cache (see `cache.advance`).
+          cache_slots: where x goes in the cache (see `cache.advance`).
 
         Returns:
           Output [batch, time, d_model], and the layer's keys and values with x in them (None without a cache).
@@ -96,20 +96,20 @@ class CausalSelfAttention(nn.Module):
         q_BNTK, k_BNTK, v_BNTK = (
             constrain(y_BNTK, 'batch', 'heads', None, 'head_dim') for y_BNTK in qkv_BTCNK.transpose(2, 0, 3, 1, 4)
         )
-        if layer_cache is None or places['empty']:
+        if layer_cache is None or cache_slots['empty']:
             # Prompts are padded at their end, so that no token of an empty cache has anything but tokens before it.
             y_BNTK = self._causal(q_BNTK, k_BNTK, v_BNTK, info)
         else:
             # Over the cache as it was and over the new tokens, not over the cache as it will be: of several new tokens
             # the first still see what gives way in a band to the last.
-            before_BS = places['before' if self.band is None else 'band_before']
-            parts = (*layer_cache, before_BS), (k_BNTK, v_BNTK, places['shown'])
+            before_BS = cache_slots['before' if self.band is None else 'band_before']
+            parts = (*layer_cache, before_BS), (k_BNTK, v_BNTK, cache_slots['shown'])
             y_BNTK = attention.cached_attention(q_BNTK, info.positions_BT, parts, c.scale, self.band)
             # The cache is written to in place, when all have looked at it. Without an order between the two (a term
             # that is zero) the CPU's compiler copies the whole cache for each token.
             k_BNTK, v_BNTK = (x_BNTK + 0.0 * y_BNTK.astype(x_BNTK.dtype) for x_BNTK in (k_BNTK, v_BNTK))
         if layer_cache is not None:
-            layer_cache = store(*layer_cache, k_BNTK, v_BNTK, places, self.band is not None)
+            layer_cache = store(*layer_cache, k_BNTK, v_BNTK, cache_slots, self.band is not None)
         y_BTNK = y_BNTK.transpose(0, 2, 1, 3)
         out = Dense((c.n_head, c.head_dim, c.d_model), contract=2, std=residual_std, dtype=c.dtype, name='out')
         return Dropout(c.resid_dropout)(out(y_BTNK), info.rows_B), layer_cache
@@ -166,13 +166,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, places: Cache | None = None
+        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, cache_slots: Cache | None = None
     ) -> tuple[jax.Array, tuple | None]:
         """[B, T, D] -> [B, T, D], and the layer's updated cache (see CausalSelfAttention)."""
         c = self.config
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_1')(x_BTD)
         attend = CausalSelfAttention(c, self.band, name='attention')
-        h_BTD, layer_cache = attend(h_BTD, info, layer_cache, places)
+        h_BTD, layer_cache = attend(h_BTD, info, layer_cache, cache_slots)
         x_BTD = constrain(x_BTD + h_BTD, 'batch', 'time', 'embed')
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_2')(x_BTD)
         h_BTD = MLP(c, name='mlp')(h_BTD, info)
@@ -208,8 +208,8 @@ def run_layers(config: GPTConfig, block: Callable, blocks: Params | tuple[Params
 
     # One tree for each place in a group. What the scan itself slices is there for the backward pass; a slice of such a
     # slice would be stored once more, for all layers.
-    places = [slice(offset, groups * period, period) for offset in range(period)]
-    grouped = tuple(blocks if period == 1 else jax.tree.map(operator.itemgetter(place), blocks) for place in places)
+    slices = [slice(offset, groups * period, period) for offset in range(period)]
+    grouped = tuple(blocks if period == 1 else jax.tree.map(operator.itemgetter(one), blocks) for one in slices)
     x_BTD, _ = jax.lax.scan(group, x_BTD, (grouped, jnp.arange(groups) * period))
     if config.n_layer % period:
         last = config.n_layer - 1
@@ -402,10 +402,10 @@ class GPT(nn.Module):
     def _block(self, info, dropout_key):
         """The function of one layer: (x, its parameters, index, band, part of a cache) -> (x, that part)."""
 
-        def run(x_BTD, layer_params, layer, band, layer_cache=None, places=None):
+        def run(x_BTD, layer_params, layer, band, layer_cache=None, cache_slots=None):
             rngs = {} if dropout_key is None else {'dropout': jax.random.fold_in(dropout_key, layer)}
             block = Block(self.config, band, parent=None)
-            return block.apply({'params': layer_params}, x_BTD, info, layer_cache, places, rngs=rngs)
+            return block.apply({'params': layer_params}, x_BTD, info, layer_cache, cache_slots, rngs=rngs)
 
         return run
 
@@ -413,12 +413,12 @@ class GPT(nn.Module):
         slots = cache['positions'].shape[1]
         if positions_BT.shape[1] > slots:
             raise InputError(f'{positions_BT.shape[1]} tokens exceed the {slots} slots of the cache; make a longer one')
-        after, places = advance(cache, positions_BT, empty)
+        after, cache_slots = advance(cache, positions_BT, empty)
         kept = []
         for layer in range(self.config.n_layer):
             layer_params = self.blocks[layer] if isinstance(self.blocks, tuple) else _cut(self.blocks, layer, x_BTD)
             layer_cache = (cache['key'][layer], cache['value'][layer])
-            x_BTD, layer_cache = run(x_BTD, layer_params, layer, self.config.band(layer), layer_cache, places)
+            x_BTD, layer_cache = run(x_BTD, layer_params, layer, self.config.band(layer), layer_cache, cache_slots)
             kept.append(layer_cache)
         keys, values = zip(*kept, strict=True)
         return x_BTD, after | {'key': keys, 'value': values}
