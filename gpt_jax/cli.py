@@ -30,13 +30,13 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
       doc: the verb's module docstring, printed by --help.
       key_flags: the names of the verb's flags, in the order of --help.
     """
-    if any(argument in ('--help', '-help', '-h', '--helpfull', '--helpshort') for argument in sys.argv[1:]):
-        print(_help(doc, key_flags))
-        sys.exit(0)
-    if 'config' in key_flags and '--help_config' in sys.argv[1:]:
-        print(help_text())
-        sys.exit(0)
     try:
+        if any(argument in ('--help', '-help', '-h', '--helpfull', '--helpshort') for argument in sys.argv[1:]):
+            print(_help(doc, key_flags), flush=True)
+            sys.exit(0)
+        if 'config' in key_flags and '--help_config' in sys.argv[1:]:
+            print(help_text(), flush=True)
+            sys.exit(0)
         rest = flags.FLAGS(sys.argv)[1:]
         if rest:
             raise InputError(f'unexpected argument {rest[0]!r}; flags are written --name=value')

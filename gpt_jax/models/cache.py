@@ -64,8 +64,8 @@ def advance(cache: Cache, positions_BT: jax.Array, empty: bool = False) -> tuple
     not look into the cache, and a dense layer takes the tokens as one piece.
 
     Returns:
-      The bookkeeping of the cache with the tokens in it, all but their keys and values; and `cache_slots`: where the tokens
-      go, and the positions `before` (of a banded layer `band_before`) of what the cache held so far.
+      The bookkeeping of the cache with the tokens in it, all but their keys and values; and `cache_slots`: where the
+      tokens go, and the positions `before` (of a banded layer `band_before`) of what the cache held so far.
     """
     shown_BT = jnp.where(positions_BT < 0, EMPTY, positions_BT).astype(jnp.int32)
     after = {'lengths': jnp.maximum(cache['lengths'], jnp.max(positions_BT, axis=1) + 1)}

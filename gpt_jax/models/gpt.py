@@ -209,7 +209,7 @@ def run_layers(config: GPTConfig, block: Callable, blocks: Params | tuple[Params
     # One tree for each place in a group. What the scan itself slices is there for the backward pass; a slice of such a
     # slice would be stored once more, for all layers.
     slices = [slice(offset, groups * period, period) for offset in range(period)]
-    grouped = tuple(blocks if period == 1 else jax.tree.map(operator.itemgetter(one), blocks) for one in slices)
+    grouped = tuple(blocks if period == 1 else jax.tree.map(operator.itemgetter(part), blocks) for part in slices)
     x_BTD, _ = jax.lax.scan(group, x_BTD, (grouped, jnp.arange(groups) * period))
     if config.n_layer % period:
         last = config.n_layer - 1

@@ -1,9 +1,14 @@
 import hashlib
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from gpt_jax.config import help_text
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def snapshot(folder):
@@ -30,6 +35,14 @@ def test_help_config_prints_every_key_of_an_experiment(process, config):
         result = process('main', *arguments, '--help_config')
         assert (result.returncode, result.stderr) == (0, '')
         assert result.stdout == help_text() + '\n'
+
+
+def test_help_that_nobody_reads_to_its_end_says_nothing():
+    command = [sys.executable, '-m', 'gpt_jax.main', '--help_config']
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b''
+    assert process.returncode == 141
 
 
 def test_an_experiment_may_lie_anywhere_and_be_run_from_anywhere(process, experiment, tmp_path):
