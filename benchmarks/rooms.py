@@ -3,7 +3,7 @@
     python benchmarks/rooms.py
 
 Lines are whole files, with docstrings and comments. Beside them stand the figures of karpathy/nanochat for the same
-stories (dev branch of October 2025, counted by hand).
+stories, counted by hand.
 """
 
 import os
@@ -106,9 +106,9 @@ def main():
     print('| story | nanochat | gpt_jax | its files |\n|---|---|---|---|')
     for story, paths in found.items():
         names = ', '.join(str(path) for path in paths)
-        print(f'| {story} | {NANOCHAT[story]} | {len(paths)} files, {lines(paths)} | {names} |')
+        print(f'| {story} | {NANOCHAT[story]} | {len(paths)} files, {lines(paths):,} | {names} |')
     everything = [path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py')]
-    print(f'| all | | {len(everything)} files, {lines(everything)} | |')
+    print(f'| all | | {len(everything)} files, {lines(everything):,} | |')
 
 
 if __name__ == '__main__':

@@ -36,10 +36,8 @@ NOT_RUN = {
     r'docker |mkdir -p runs$': 'needs a Docker engine',
     r'(GPT_JAX_GPT2_FILES=DIR )?(python -m )?pytest( |$)|\.ci/run': 'would run the tests within the tests',
     r'.* --distributed ': 'needs two hosts; tests/training trains in two processes',
-    r'.* --topology=': 'needs libtpu and minutes; tests/planning compiles a small step where libtpu is there',
+    r'.* --topology=': 'needs libtpu and minutes; tests/verbs compiles a small step where libtpu is there',
 }
-# Python blocks that are no program: `...` stands for what the reader fills in.
-NOT_A_PROGRAM = {'docs/ARCHITECTURE.md': 'lists the contracts, whose arguments are not defined there'}
 
 every_page = pytest.mark.parametrize('page', TEXT)
 
@@ -177,7 +175,7 @@ def test_every_command_runs(copied_project, command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', [page for page in TEXT if blocks(page, 'python') and page not in NOT_A_PROGRAM])
+@pytest.mark.parametrize('page', [page for page in TEXT if blocks(page, 'python')])
 def test_the_python_of_a_page_runs_from_top_to_bottom(copied_project, page, capsys):
     namespace = {'__name__': page}
     for source, printed in blocks(page, 'python'):
@@ -295,11 +293,11 @@ def test_every_named_file_of_the_project_exists(page):
         assert (ROOT / name).exists(), name
 
 
-def test_the_architecture_names_every_module():
+def test_the_architecture_names_every_module_in_its_room():
+    rows = re.findall(r'^\| `(gpt_jax\S*)` \|(.*)$', TEXT['docs/ARCHITECTURE.md'], re.MULTILINE)
+    named = {f'{room}/{module}' for room, files in rows for module in re.findall(r'`(\w+\.py)`', files)}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'gpt_jax').rglob('*.py')}
-    assert set(re.findall(r'^\| `(gpt_jax/\S+\.py)`', TEXT['docs/ARCHITECTURE.md'], re.MULTILINE)) == {
-        module for module in modules if not module.endswith('__init__.py')
-    }
+    assert named == {module for module in modules if not module.endswith('__init__.py')}
 
 
 def test_every_page_of_docs_is_linked_from_the_readme():
