@@ -62,7 +62,7 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
         _complain(_explain(error))
 
 
-def read_config(flag: flags.FlagHolder) -> ConfigDict:
+def read_experiment(flag: flags.FlagHolder) -> ConfigDict:
     """The value of a config flag.
 
     Raises:

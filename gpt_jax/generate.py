@@ -104,7 +104,7 @@ def main() -> None:
         from gpt_jax.inference import debug
 
         count = DEFAULT_NEW_TOKENS if FLAGS.max_new_tokens is None else FLAGS.max_new_tokens
-        debug.run(loaded, prompts, sampling, count, FLAGS.seed)
+        debug.run_debugger(loaded, prompts, sampling, count, FLAGS.seed)
         return
     if FLAGS.draft_checkpoint is not None:
         strategy = _load_draft(tokenizer, mesh)

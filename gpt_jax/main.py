@@ -25,7 +25,7 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --distributed: which
 
 def main() -> int:
     """Trains, and returns the exit status."""
-    config = cli.read_config(CONFIG)
+    config = cli.read_experiment(CONFIG)
     cli.use_compilation_cache()
     if DISTRIBUTED.value:
         import jax

@@ -41,7 +41,7 @@ JSON = flags.DEFINE_bool('json', False, 'print one JSON object')
 
 def main() -> None:
     """Plans and prints."""
-    config = cli.read_config(CONFIG)
+    config = cli.read_experiment(CONFIG)
     _check_flags()
     import jax
 

@@ -30,7 +30,7 @@ def main() -> int:
         for line in inspect(INSPECT.value):
             print(line)
         return 0
-    config = cli.read_config(CONFIG)
+    config = cli.read_experiment(CONFIG)
     settings, tokenizer = config.data.to_dict(), None
     if config.train.init_from is not None:
         from gpt_jax.training.recipe import find_initial_weights

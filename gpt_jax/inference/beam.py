@@ -135,13 +135,13 @@ class BeamBatch:
         logits_PV, cache = engine.prefill(prompts, length)
         sizes = (beams.num_beam_groups, beams.num_beams // beams.num_beam_groups)
         is_request_P = np.arange(rows) < len(requests)
-        self._state = start(logits_PV, cache, tokens_PL, is_request_P, self._rules, *sizes)
+        self._state = start_beams(logits_PV, cache, tokens_PL, is_request_P, self._rules, *sizes)
         self.unfinished, self.generations = True, []
 
     def advance(self, steps: int) -> None:
         """At most `steps` tokens more for each hypothesis."""
         engine = self._engine
-        self._state = advance(engine.model, engine.mesh, engine.params, self._state, self._rules, steps)
+        self._state = advance_beams(engine.model, engine.mesh, engine.params, self._state, self._rules, steps)
         self.unfinished = bool(goes_on(self._state, self._rules))
         if not self.unfinished:
             ended, counts = jax.tree.map(np.asarray, (self._state.ended, self._state.counts))
@@ -222,7 +222,7 @@ class BeamState:
 
 
 @functools.partial(jax.jit, static_argnames=('groups', 'beams'))
-def start(logits_PV, cache: Cache, tokens_PL, is_request_P, rules: Rules, groups: int, beams: int) -> BeamState:
+def start_beams(logits_PV, cache: Cache, tokens_PL, is_request_P, rules: Rules, groups: int, beams: int) -> BeamState:
     """The first tokens, from the logits after each prompt; rows that are no request (`is_request_P`) end nothing."""
     rows_R = jnp.repeat(jnp.arange(logits_PV.shape[0]), groups * beams)
     shape = (logits_PV.shape[0], groups, beams)
@@ -243,7 +243,7 @@ def start(logits_PV, cache: Cache, tokens_PL, is_request_P, rules: Rules, groups
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'mesh'), donate_argnames='state')
-def advance(model, mesh, params, state: BeamState, rules: Rules, steps) -> BeamState:
+def advance_beams(model, mesh, params, state: BeamState, rules: Rules, steps) -> BeamState:
     """At most `steps` tokens more, for as long as any search goes on; `state` is donated."""
 
     def step(state):

@@ -90,13 +90,13 @@ class ContrastiveBatch:
         arrays = map(engine.place, (tokens_BL, lengths_B, np.arange(rows) >= len(requests)))
         padded = padded_length(int(lengths_B.max()), config.block_size)
         sizes = (padded, min(contrastive.top_k, config.vocab_size), engine.cache_dtype)
-        self._state = start(engine.model, engine.mesh, engine.params, *arrays, *sizes)
+        self._state = start_search(engine.model, engine.mesh, engine.params, *arrays, *sizes)
         self.unfinished, self.generations = True, []
 
     def advance(self, steps: int) -> None:
         """At most `steps` tokens more for each text."""
         engine = self._engine
-        self._state = advance(engine.model, engine.mesh, engine.params, self._state, steps, *self._rules)
+        self._state = advance_search(engine.model, engine.mesh, engine.params, self._state, steps, *self._rules)
         self.unfinished = not np.all(self._state.done_B)
         if not self.unfinished:
             tokens_BL, logprobs_BL = map(np.asarray, (self._state.tokens_BL, self._state.logprobs_BL))
@@ -136,7 +136,7 @@ class ContrastiveState:
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'mesh', 'padded_length', 'candidates', 'dtype'))
-def start(
+def start_search(
     model, mesh, params, tokens_BL, lengths_B, done_B, padded_length: int, candidates: int, dtype
 ) -> ContrastiveState:
     """Reads the prompts, of which there are the first `padded_length` tokens."""
@@ -161,7 +161,7 @@ def start(
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'mesh'), donate_argnames='state')
-def advance(
+def advance_search(
     model, mesh, params, state: ContrastiveState, steps, max_new_tokens, penalty_alpha, chain: Chain
 ) -> ContrastiveState:
     """At most `steps` tokens more, for as long as any text goes on; `state` is donated."""

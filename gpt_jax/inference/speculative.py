@@ -132,7 +132,9 @@ class SpeculativeBatch(SamplingBatch):
         drafter = Drafter(speculative.draft_tokens, speculative.ngram, draft)
         state = SpeculativeState(self._state, self._draft_cache, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         rules = (self._stopping.max_new_tokens, self._chain)
-        state = decode(engine.model, drafter, engine.mesh, engine.params, draft_params, state, steps, *rules)
+        state = decode_speculatively(
+            engine.model, drafter, engine.mesh, engine.params, draft_params, state, steps, *rules
+        )
         self._state, self._draft_cache = state.batch, state.draft_cache
         speculative.acceptance.drafted += int(state.drafted)
         speculative.acceptance.accepted += int(state.accepted)
@@ -182,7 +184,7 @@ class Draft:
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'drafter', 'mesh'), donate_argnames='state')
-def decode(
+def decode_speculatively(
     model: GPT,
     drafter: Drafter,
     mesh: Mesh | None,

@@ -141,7 +141,7 @@ def test_an_empty_prompt_starts_a_new_document(searched):
 def test_other_numbers_compile_nothing_new(searched):
     def run(beams, count, end):
         beam_search(searched.engine, searched.prompts, beams, StoppingCriteria(count, end))
-        return [program._cache_size() for program in (beam.start, beam.advance)]
+        return [program._cache_size() for program in (beam.start_beams, beam.advance_beams)]
 
     before = run(Beams(4, 1.0, False), COUNT, OFTEN)
     assert run(Beams(4, 0.3, 'never', 3), COUNT - 2, NEVER) == before

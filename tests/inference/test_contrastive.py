@@ -61,7 +61,7 @@ def test_filters_act_and_a_batch_finds_what_each_prompt_finds_alone(searched):
 def test_other_numbers_compile_nothing_new(searched):
     def run(alpha, count, end):
         contrastive_search(searched.engine, searched.prompts, Contrastive(alpha, 5), StoppingCriteria(count, end))
-        return [program._cache_size() for program in (contrastive.start, contrastive.advance)]
+        return [program._cache_size() for program in (contrastive.start_search, contrastive.advance_search)]
 
     assert run(0.2, COUNT, OFTEN) == run(0.7, COUNT - 3, NEVER)
 

@@ -8,6 +8,6 @@ terminal.py   commands from a terminal or a pipe, replies to it
 
 from gpt_jax.inference.debug.choice import ModelInspector
 from gpt_jax.inference.debug.session import Debugger, SessionState
-from gpt_jax.inference.debug.terminal import run
+from gpt_jax.inference.debug.terminal import run_debugger
 
-__all__ = ['Debugger', 'ModelInspector', 'SessionState', 'run']
+__all__ = ['Debugger', 'ModelInspector', 'SessionState', 'run_debugger']

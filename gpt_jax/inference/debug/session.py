@@ -283,7 +283,7 @@ class Debugger:
         title = f'layer {layer}, ' + ('mean of all heads' if head == 'mean' else f'head {head}')
         reply = [
             views.most_attended(weights_TS[-1], tokens, self._tokenizer, f'{title}: what the last token looks at'),
-            views.attention_map(weights_TS, tokens, self._tokenizer),
+            views.attention_table(weights_TS, tokens, self._tokenizer),
         ]
         if len(words) == 3:
             labels = tuple(views.show_token(self._tokenizer, token) for token in tokens)

@@ -19,7 +19,9 @@ PROMPT = '(debug) '
 PIPE_WIDTH = 160  # columns, where no terminal says how many it has
 
 
-def run(loaded: LanguageModel, prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, seed: int = 0) -> None:
+def run_debugger(
+    loaded: LanguageModel, prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, seed: int = 0
+) -> None:
     """Generates under commands from standard input, until it ends or one says quit.
 
     Args:

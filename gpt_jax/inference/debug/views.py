@@ -90,7 +90,7 @@ def most_attended(weights_S: np.ndarray, tokens: Sequence[int], tokenizer: Token
     return Table(title, ('place', 'token', 'weight', ''), tuple(rows))
 
 
-def attention_map(weights_TS: np.ndarray, tokens: Sequence[int], tokenizer: Tokenizer) -> Table:
+def attention_table(weights_TS: np.ndarray, tokens: Sequence[int], tokenizer: Tokenizer) -> Table:
     """Who looks at whom among the last tokens, as shades; a row's darkest is its largest weight."""
     first = max(0, len(tokens) - MAP_TOKENS)
     rows = []
