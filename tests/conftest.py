@@ -1,6 +1,7 @@
 """Settings every test shares: eight simulated CPU devices, caches of its own; and a tiny experiment, run once."""
 
 import atexit
+import gc
 import json
 import os
 import pathlib
@@ -35,9 +36,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# The memory maps of this process. Linux lets it have 65 530 (vm.max_map_count); every compiled program takes some, and
+# when none is left XLA crashes.
+MAPS = pathlib.Path('/proc/self/maps')
+MANY_MAPS = 25_000
 sys.path.insert(0, str(ROOT))  # configs/ is not installed
 
 WORDS = ('the', 'a', 'quick', 'brown', 'fox', 'café', 'naïve', 'jumps', 'over', 'dog', 'straße', 'sleeps', 'under')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_compiled_programs():
+    """Forgets compiled programs between files of tests when there are many; what is needed again is read from disk."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b'\n') > MANY_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope='session')
