@@ -125,12 +125,11 @@ def _share_hashing(folder: pathlib.Path) -> dict[str, dict]:
     _times_written[str(folder)] += 1
     prefix = f'gpt_jax/manifest/{folder}/{_times_written[str(folder)]}'
     if index:
-        hashed: dict[str, dict] = {}
         try:
             store.blocking_key_value_get(f'{prefix}/committed', SHARE_TIMEOUT_MS)
             hashed = _hash(folder, _names(folder)[index::count])
         except (OSError, jax.errors.JaxRuntimeError):
-            pass
+            hashed = {}  # left to process 0
         store.key_value_set(f'{prefix}/{index}', json.dumps(hashed))
         return hashed
     store.key_value_set(f'{prefix}/committed', 'yes')  # orbax has renamed the folder in this process: now it is there
