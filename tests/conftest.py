@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The memory maps of this process. Linux lets it have 65 530 (vm.max_map_count); every compiled program takes some, and
 # when none is left XLA crashes.
 MAPS = pathlib.Path('/proc/self/maps')
-MANY_MAPS = 25_000
+MANY_MAPS = 20_000
 sys.path.insert(0, str(ROOT))  # configs/ is not installed
 
 WORDS = ('the', 'a', 'quick', 'brown', 'fox', 'café', 'naïve', 'jumps', 'over', 'dog', 'straße', 'sleeps', 'under')

@@ -92,6 +92,7 @@ def test_the_documents_are_those_that_load_dataset_reads(environment, run_prepar
         assert ''.join(ours[split]) == ''.join(row or ' \n' for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_streaming_reads_ranges_with_the_text_in_them_and_keeps_no_file(hub, run_prepare, tmp_path):
     texts = [f'text {n}' for n in range(100)]
     content = parquet(texts, ballast=500_000)
@@ -112,6 +113,7 @@ def test_prepared_data_ask_no_hub(hub, run_prepare):
     assert second['fingerprint'] == first['fingerprint']
 
 
+@pytest.mark.slow
 def test_a_preparation_that_goes_on_stays_at_its_commit(hub, run_prepare, tmp_path):
     first = run_prepare('openwebtext_10k')
     revisions = hub.datasets['stas/openwebtext-10k'].revisions
@@ -155,6 +157,7 @@ def test_offline_is_one_line(run_prepare, environment):
     assert 'see that HF_HUB_OFFLINE is not set' in line(run_prepare('openwebtext_10k'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('streaming', [False, True])
 def test_a_download_that_breaks_off_is_tried_again(hub, run_prepare, streaming):
     hub.breaks = 1
@@ -233,6 +236,7 @@ def test_what_a_card_says_of_its_format_is_heeded(hub, run_prepare):
     assert sorted(result['train'] + result['validation']) == sorted(text.splitlines()[0] for text in WEB)
 
 
+@pytest.mark.slow
 def test_what_datasets_cannot_read_is_read_from_the_hubs_conversion_unless_that_is_a_part(hub, run_prepare):
     script = {'script.py': b'raise SystemExit', 'a.bin': b'x'}
     hub.datasets['me/script'] = Dataset(
@@ -249,6 +253,7 @@ def test_what_datasets_cannot_read_is_read_from_the_hubs_conversion_unless_that_
     assert 'no files to train on' in line(run_prepare('hub:me/none'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('streaming', [False, True])
 def test_row_groups_of_a_file_are_shared_by_workers_and_come_back_in_order(hub, run_prepare, tmp_path, streaming):
     hub.datasets['me/large'] = Dataset({'main': {'train.parquet': parquet(WEB, rows=30)}})
@@ -261,6 +266,7 @@ def test_row_groups_of_a_file_are_shared_by_workers_and_come_back_in_order(hub, 
     assert len(list(folder_of(tmp_path).glob('train-*.bin'))) > 2
 
 
+@pytest.mark.slow
 def test_data_prepared_when_only_parquet_was_read_are_continued(hub, run_prepare, tmp_path):
     first = run_prepare('openwebtext_10k', part_bytes=5000)
     record = folder_of(tmp_path) / 'source.json'

@@ -86,6 +86,8 @@ CASES = {
     'card-unknown': ((FILES, 'none', CARD), "no config 'none'"),
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def resolved(hub, environment):

@@ -184,6 +184,7 @@ def test_weights_are_held_once_where_the_engine_takes_them(texts):
     assert params['blocks']['mlp']['up']['kernel'].is_deleted()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [None, (2, 4)], ids=['one device', 'mesh'])
 def test_shared_weights_are_decoded_from_without_a_copy(model, params, engine, texts, mesh):
     if mesh is not None:

@@ -125,6 +125,7 @@ def test_drawn_texts_are_distributed_as_those_of_the_model(engine, draft, source
     assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drafted_is_refused(engine, draft):
     requests = make_requests(BLOCK, [PROMPT], StoppingCriteria(10, -1), 1)
     with pytest.raises(InputError, match='draft_tokens=0 must be at least 1'):

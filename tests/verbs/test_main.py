@@ -45,6 +45,7 @@ def test_help_that_nobody_reads_to_its_end_says_nothing():
     assert process.returncode == 141
 
 
+@pytest.mark.slow
 def test_an_experiment_may_lie_anywhere_and_be_run_from_anywhere(process, experiment, tmp_path):
     result = process('main', f'--config={experiment.name}', '--config.train.stepz=3', cwd=experiment.parent)
     assert result.stderr == 'error: --config.train.stepz: there is no such key; did you mean steps?\n'
