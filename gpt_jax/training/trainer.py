@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import jax
 
-from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, latest_meta, load
+from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, load, recover
 from gpt_jax.config import RunConfig, as_record, parse
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
@@ -102,7 +102,7 @@ def train(
       InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
     """
     with workdirs.locked(pathlib.Path(workdir).expanduser()) as workdir:
-        recorded = latest_meta(workdir / 'checkpoints')
+        recorded = recover(workdir / 'checkpoints', say)
         path = parse(config).train.init_from
         weights = None if path is None else find_initial_weights(path, recorded)
         run = resolve(config, weights)
@@ -200,7 +200,12 @@ class Trainer:
         """The state after step `start`: restored, or before the first one drawn or taken from another's weights."""
         if self.start:
             abstract = abstract_state(self.model, self.optimizer, self.mesh)
-            params, optimizer, _ = self._checkpoints.restore(self.start, abstract.params, abstract.optimizer)
+            params, optimizer, _ = self._checkpoints.restore(
+                self.start,
+                abstract.params,
+                abstract.optimizer,
+                verify=False,  # `recover` did
+            )
             return TrainState.join(params, optimizer)
         params = None if self._weights is None else self._load_weights(self._weights)
         return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params)
@@ -436,8 +441,7 @@ class Trainer:
 
     def say(self, line: str) -> None:
         """Prints a line, in the first of several processes."""
-        if self._is_first_process:
-            print(line, flush=True)
+        say(line)
 
     def how_to_generate(self) -> str:
         """The command that makes text from this run."""
@@ -463,6 +467,12 @@ class Trainer:
             f'{numbers} at step {step} is not finite; {kept}; '
             'lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision.compute=f32'
         )
+
+
+def say(line: str) -> None:
+    """Prints a line, in the first of several processes."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _check_same_data(data: TrainingData, recorded: dict[str, Any], workdir: pathlib.Path) -> None:

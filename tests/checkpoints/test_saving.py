@@ -159,23 +159,26 @@ def test_saving_a_step_twice_leaves_the_first(folder, ckpt):
     assert load(folder).params['w'].tolist() == [1, 1]
 
 
-def test_only_real_leftovers_are_cleared_away_and_only_by_a_save(saved, ckpt):
+def test_only_real_leftovers_are_cleared_away_and_only_by_a_save(saved, ckpt, tmp_path):
     folder, states = saved
-    (folder / '2' / verifying.NAME).unlink()
-    (folder / '3.removed').mkdir()
-    (folder / '7.orbax-checkpoint-tmp').mkdir()
+    for leftover in ('3.removed', '7.orbax-checkpoint-tmp', 'saving_9', 'saving_11.orbax-checkpoint-tmp'):
+        (folder / leftover).mkdir()
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'file').touch()
+    (folder / 'saving_12.orbax-checkpoint-tmp').symlink_to(tmp_path / 'other')
     (folder / 'notes').mkdir()
     (folder / '8').mkdir()
     (folder / '8' / 'thesis.txt').write_text('mine')
     before = sorted(path.name for path in folder.iterdir())
     with Checkpoints(folder, keep_latest=3) as checkpoints:
-        assert checkpoints.steps() == [1]
+        assert checkpoints.steps() == [1, 2]
         assert sorted(path.name for path in folder.iterdir()) == before
-        checkpoints.save(2, *states[2], ckpt.meta)
-        ckpt.assert_same_bits(checkpoints.restore(2, *ckpt.abstract(states[2]))[:2], states[2])
+        checkpoints.save(12, *states[2], ckpt.meta)
+        ckpt.assert_same_bits(checkpoints.restore(12, *ckpt.abstract(states[2]))[:2], states[2])
         with pytest.raises(InputError, match='8 is in the way and no checkpoint'):
             checkpoints.save(8, *states[2], ckpt.meta)
-    assert sorted(path.name for path in folder.iterdir()) == ['1', '2', '8', 'notes']
+    assert sorted(path.name for path in folder.iterdir()) == ['1', '12', '2', '8', 'notes']
+    assert (tmp_path / 'other' / 'file').exists()
     assert (folder / '8' / 'thesis.txt').read_text() == 'mine'
 
 
@@ -288,7 +291,7 @@ def test_a_new_step_is_finished_before_the_old_one_goes(folder, monkeypatch):
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {'w': jnp.ones(2)}, None, {})
-    assert seen == [['1'], ['1', '2']]
+    assert seen == [['saving_1'], ['1', 'saving_2']]
     assert Checkpoints(folder).steps() == [2]
 
 
