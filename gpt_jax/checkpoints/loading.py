@@ -4,11 +4,13 @@ orbax casts dtypes silently and reports a wrong shape or a missing leaf in many 
 certain tree, every leaf is compared by name before anything is read.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,11 +42,30 @@ ORBAX_FOLDER = str(pathlib.Path(ocp.__file__).parent)
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or not record.pathname.startswith(ORBAX_FOLDER)
+    # An error with its traceback is one that is raised as well.
+    told = record.levelno >= logging.ERROR and not record.exc_info
+    return told or not record.pathname.startswith(ORBAX_FOLDER)
 
 
-# orbax logs dozens of lines a save on the logger that the verbs use too; only its own lines below ERROR are dropped
+# orbax logs dozens of lines a save on the logger that the verbs use too; its own lines below ERROR are dropped
 absl_logging.get_absl_logger().addFilter(_not_orbax_chatter)
+
+
+@contextlib.contextmanager
+def no_closed_loops():
+    """Where a write fails, tensorstore tells of each other one that its event loop is closed, in a traceback each."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and 'loop is closed' in str(unraisable.exc_value)):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = usual
 
 
 # A tree of parameters (jax.ShapeDtypeStruct) -> where each of them goes; or one place for all.
@@ -236,7 +257,7 @@ def import_huggingface(source: str | os.PathLike, target: str | os.PathLike, mes
         params_handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9)
         handler = ocp.CompositeCheckpointHandler(params=params_handler, meta=ocp.JsonCheckpointHandler())
         items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
-        with ocp.Checkpointer(handler) as checkpointer:
+        with no_closed_loops(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
         verifying.write(folder)
 

@@ -11,6 +11,7 @@ in between would leave nothing to resume from. So orbax keeps everything, and ol
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -36,8 +37,9 @@ from gpt_jax.checkpoints.finding import (
     val_losses,
     way_out,
 )
-from gpt_jax.checkpoints.loading import check_tree, leaf_name, read_items
+from gpt_jax.checkpoints.loading import check_tree, leaf_name, no_closed_loops, read_items
 from gpt_jax.errors import InputError
+from gpt_jax.files import WriteError, system_error
 
 REMOVED = '.removed'
 SAVING = 'saving'
@@ -138,6 +140,7 @@ class Checkpoints:
         self._orbax: ocp.CheckpointManager | None = None
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._pending: concurrent.futures.Future | None = None
+        self._failed = False
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -150,9 +153,9 @@ class Checkpoints:
 
         `params` and `optimizer` are pytrees of arrays; an optimizer without any (None) is left out. `meta` is a JSON
         dict; `format`, `step`, `val_loss` (None where not finite) and `versions` are added to it. A step that is
-        already saved is left as it is, and False returned. Raises what the previous save failed with, TypeError for a
-        leaf or a meta that cannot be stored, InputError where `folder/STEP` is something else. A damaged checkpoint
-        there is set aside.
+        already saved is left as it is, and False returned. A damaged checkpoint in its place is set aside. Raises what
+        the previous save failed with, TypeError for a leaf or a meta that cannot be stored, InputError where
+        `folder/STEP` is something else or the disk is full or cannot be written to.
         """
         self.wait()
         if step in self.steps():
@@ -160,6 +163,12 @@ class Checkpoints:
         params, optimizer = _storable(params), _storable(optimizer)
         meta = {**meta, **describe_save(step, val_loss)}
         json.dumps(meta)  # a meta that is not JSON is refused here, not later in the background
+        with self._told(step):
+            self._start(step, params, optimizer, meta)
+        self._pending = self._finisher.submit(self._finish, step)
+        return True
+
+    def _start(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any]) -> None:
         orbax = self._open()
         place = self.folder / str(step)
         if os.path.lexists(place):
@@ -171,8 +180,21 @@ class Checkpoints:
         if jax.tree.leaves(optimizer):
             items['optimizer'] = ocp.args.StandardSave(optimizer)
         orbax.save(step, args=ocp.args.Composite(**items), force=True)
-        self._pending = self._finisher.submit(self._finish, step)
-        return True
+
+    @contextlib.contextmanager
+    def _told(self, step: int):
+        """What the system refuses in the block, in one line: which step, why, and that nothing is lost."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            cause = system_error(error)
+            if cause is None or isinstance(error, InputError):
+                raise
+            last = self.latest_step()
+            kept = 'no checkpoint was there yet' if last is None else f'the last checkpoint, step {last}, is whole'
+            way_out = f'{kept}; make room, and the same command goes on from there'
+            raise WriteError(self.folder / str(step), cause, way_out) from None
 
     def restore(self, step: int, params: Any, optimizer: Any, verify: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         """Read a finished step back: `(params, optimizer, meta)`, whole or not at all.
@@ -244,7 +266,15 @@ class Checkpoints:
             self._finisher.shutdown()
             if self._orbax is not None:
                 orbax, self._orbax = self._orbax, None
-                orbax.close()
+                try:
+                    orbax.close()
+                except Exception:
+                    if not self._failed:  # else it is what `wait` has raised already
+                        raise
+                if self._failed and jax.process_index() == 0:
+                    # Now, since the disk may be full of it; what cannot be removed, the next run will.
+                    with contextlib.suppress(OSError):
+                        self._remove_leftovers()
 
     def _open(self) -> ocp.CheckpointManager:
         if self._orbax is None:
@@ -257,6 +287,10 @@ class Checkpoints:
         return self._orbax
 
     def _finish(self, step: int) -> None:
+        with self._told(step), no_closed_loops():
+            self._finish_save(step)
+
+    def _finish_save(self, step: int) -> None:
         self._orbax.wait_until_finished()
         saving = self.folder / f'{SAVING}_{step}'
         verifying.write(saving)

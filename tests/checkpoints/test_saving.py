@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -300,3 +301,39 @@ def test_the_manifest_lists_every_file_that_orbax_wrote(saved):
     listed = set(json.loads((folder / '1' / verifying.NAME).read_text())['files'])
     there = {path.relative_to(folder / '1').as_posix() for path in (folder / '1').rglob('*') if path.is_file()}
     assert there == listed | {verifying.NAME}
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_is_whole(folder, ckpt, capfd):
+    """A limit of a file's size stands for a full disk: the same errors, from the same libraries."""
+    params = {str(n): jax.random.normal(jax.random.key(n), (64, 128)) for n in range(4)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {'w': jnp.ones(2)}, None, {})
+    checkpoints.wait()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        checkpoints.save(2, params, None, {})
+        with pytest.raises(
+            InputError, match=r'2 cannot be written \(File too large\); .* step 1, is whole; make room'
+        ) as e:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        checkpoints.close()
+    assert '\n' not in str(e.value)
+    assert capfd.readouterr() == ('', '')
+    assert [path.name for path in folder.iterdir()] == ['1']
+    assert load(folder).params['w'].tolist() == [1, 1]
+
+
+def test_a_disk_that_is_full_at_the_manifest_keeps_the_step_from_counting(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(verifying, 'sha256', full)
+    checkpoints.save(1, {'w': jnp.ones(2)}, None, {})
+    with pytest.raises(InputError, match=r'1 cannot be written .* no checkpoint was there yet; make room'):
+        checkpoints.wait()
+    checkpoints.close()
+    assert list(folder.iterdir()) == []
