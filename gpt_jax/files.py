@@ -269,8 +269,12 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:
-    """A name beside `path` that nobody can foresee; a long one is cut, since names have 255 bytes at most."""
+    """A name beside `path` that nobody can foresee.
+
+    A long one is cut, since names have 255 bytes at most, and is without what libraries take for patterns.
+    """
     name = os.fsdecode(os.fsencode(path.name)[:200]).encode(errors='ignore').decode()
+    name = re.sub(r'[][*?\\]', '_', name)
     return path.with_name(f'.{name}.{secrets.token_hex(4)}.tmp')
 
 

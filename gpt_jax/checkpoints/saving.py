@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ from gpt_jax.checkpoints.finding import (
     val_losses,
     way_out,
 )
-from gpt_jax.checkpoints.loading import check_tree, leaf_name, no_closed_loops, read_items
+from gpt_jax.checkpoints.loading import check_tree, leaf_name, no_closed_loops, orbax_path, read_items
 from gpt_jax.errors import InputError
 from gpt_jax.files import WriteError, system_error
 
@@ -59,9 +60,11 @@ def recover(folder: str | os.PathLike, say: Callable[[str], None] = print) -> di
     Raises:
       InputError: there is none but damaged ones, a newer gpt_jax wrote it, or something else has the name of a step.
     """
-    folder, damaged = pathlib.Path(folder).expanduser().resolve(), {}
+    link, damaged = pathlib.Path(folder).expanduser(), {}
+    folder = link.resolve()
     verifying.raise_together(
-        _in_the_way(folder), lambda process: InputError(f'{folder}: see the message of process {process}')
+        _in_the_way(folder, link if link.is_symlink() else None),
+        lambda process: InputError(f'{folder}: see the message of process {process}'),
     )
     steps = iter(sorted(step_names(folder), reverse=True))
     while (step := _agreed(next(steps, None))) is not None:
@@ -85,14 +88,22 @@ def recover(folder: str | os.PathLike, say: Callable[[str], None] = print) -> di
     return None
 
 
-def _in_the_way(folder: pathlib.Path) -> InputError | None:
-    """What to raise where something that is no checkpoint has the name of one, so that a save would fail one day."""
+def _in_the_way(folder: pathlib.Path, link: pathlib.Path | None) -> InputError | None:
+    """What to raise where something that is no checkpoint has the name of one, so that a save would fail one day.
+
+    A `link` may lead to storage for checkpoints elsewhere. One that leads to anything else somebody may have planted.
+    """
     if not os.path.lexists(folder):
         return None
     try:
         paths = list(folder.iterdir())
     except OSError as error:
         return InputError(f'{folder} cannot be used for checkpoints ({error.strerror}); move it elsewhere')
+    if link is not None:
+        ours = re.compile(rf'({DAMAGED}-|{SAVING}_)?\d+(-\d+|{re.escape(REMOVED)}|{re.escape(TEMPORARY)}.*)?')
+        other = next((path.name for path in paths if not ours.fullmatch(path.name)), None)
+        if other is not None:
+            return InputError(f'{link} leads to {folder}, where other things are ({other}); remove the link')
     foreign = [path for path in paths if is_step_name(path.name) and not is_checkpoint(path)]
     return InputError(f'{foreign[0]} is in the way and no checkpoint: move it elsewhere') if foreign else None
 
@@ -141,6 +152,7 @@ class Checkpoints:
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._pending: concurrent.futures.Future | None = None
         self._failed = False
+        self._at_the_end = contextlib.ExitStack()
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -267,7 +279,8 @@ class Checkpoints:
             if self._orbax is not None:
                 orbax, self._orbax = self._orbax, None
                 try:
-                    orbax.close()
+                    with self._at_the_end:
+                        orbax.close()
                 except Exception:
                     if not self._failed:  # else it is what `wait` has raised already
                         raise
@@ -283,7 +296,9 @@ class Checkpoints:
             # making the manager is a barrier between the processes: none looks at the folder before it is swept
             name = ocp.path.step.standard_name_format(step_prefix=SAVING)
             options = ocp.CheckpointManagerOptions(create=True, step_name_format=name)
-            self._orbax = ocp.CheckpointManager(self.folder, options=options)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self._at_the_end.enter_context(orbax_path(self.folder))
+            self._orbax = ocp.CheckpointManager(path, options=options)
         return self._orbax
 
     def _finish(self, step: int) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -101,7 +102,7 @@ def train(
     Raises:
       InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
     """
-    with workdirs.locked(pathlib.Path(workdir).expanduser()) as workdir:
+    with workdirs.locked(workdir) as workdir:
         recorded = recover(workdir / 'checkpoints', say)
         path = parse(config).train.init_from
         weights = None if path is None else find_initial_weights(path, recorded)
@@ -445,7 +446,8 @@ class Trainer:
 
     def how_to_generate(self) -> str:
         """The command that makes text from this run."""
-        return f"Generate from it: python -m gpt_jax.generate --checkpoint={self._workdir} --prompt='...'"
+        checkpoint = shlex.quote(f'--checkpoint={self._workdir}')
+        return f"Generate from it: python -m gpt_jax.generate {checkpoint} --prompt='...'"
 
     def ending(self, step: int, signal: int | None) -> str:
         """How the run ended, and what comes next."""
