@@ -246,8 +246,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     given = path
     try:
         path = pathlib.Path(path).expanduser().absolute()
-        if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-            raise InputError(f'{path} exists already; name a new folder, or remove that one first')
+        with contextlib.suppress(FileNotFoundError):
+            is_folder = stat.S_ISDIR(path.lstat().st_mode)
+            if not is_folder or any(path.iterdir()):
+                raise InputError(f'{path} exists already; name a new folder, or remove that one first')
         temporary = _temporary(path)
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -286,8 +288,21 @@ def _create(path: pathlib.Path) -> int:
 def _write_error(path: str | os.PathLike, error: Exception, way_out: str | None = None) -> WriteError:
     error = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
     if way_out is None:
-        way_out = 'free some space, or name another place' if error.errno in FULL else 'name another place'
+        is_full = error.errno in FULL and error.errno != errno.EROFS
+        way_out = 'free some space, or name another place' if is_full else 'name another place'
     return WriteError(path, error, way_out)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Makes `folder` where it is missing; raises WriteError where that, or a file in it, cannot be made."""
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(folder / 'probe')
+        os.close(_create(probe))
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise _write_error(folder, error) from None
 
 
 def sha256(path: str | os.PathLike) -> str:
