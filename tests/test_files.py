@@ -206,9 +206,9 @@ def test_a_full_disk_leaves_no_folder_and_is_told_in_one_line(tmp_path, small_di
 
 def test_another_error_in_the_block_comes_out_as_it_is(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / 'file'):
-        open(tmp_path / 'other', 'rb')
+        (tmp_path / 'other').read_bytes()
     with pytest.raises(FileNotFoundError), new_folder(tmp_path / 'folder'):
-        open(tmp_path / 'other', 'rb')
+        (tmp_path / 'other').read_bytes()
     assert list(tmp_path.iterdir()) == []
 
 
