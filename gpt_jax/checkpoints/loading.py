@@ -50,6 +50,8 @@ def _not_orbax_chatter(record: logging.LogRecord) -> bool:
 
 # orbax logs dozens of lines a save on the logger that the verbs use too; its own lines below ERROR are dropped
 absl_logging.get_absl_logger().addFilter(_not_orbax_chatter)
+# Where one of orbax's writes fails, asyncio tells of each other one that nobody asks for its error any more.
+logging.getLogger('asyncio').addFilter(lambda record: ORBAX_FOLDER not in record.getMessage())
 
 
 @contextlib.contextmanager
@@ -201,7 +203,7 @@ def stored_shapes(step_folder: pathlib.Path, item: str) -> Any:
     if not (step_folder / item).is_dir():
         return None
     handler = ocp.CompositeCheckpointHandler(**{item: ocp.StandardCheckpointHandler()})
-    with orbax_path(step_folder) as path, ocp.Checkpointer(handler) as checkpointer:
+    with no_closed_loops(), orbax_path(step_folder) as path, ocp.Checkpointer(handler) as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata[item].tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
@@ -242,7 +244,11 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     items = {item: jax.tree.map(placed, tree) for item, tree in items.items()}
     filled = {item: tree for item, tree in items.items() if jax.tree.leaves(tree)}
     handlers = {item: ocp.StandardCheckpointHandler() for item in filled}
-    with orbax_path(step_folder) as path, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+    with (
+        no_closed_loops(),
+        orbax_path(step_folder) as path,
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer,
+    ):
         arguments = {item: ocp.args.StandardRestore(tree) for item, tree in filled.items()}
         restored = checkpointer.restore(path, args=ocp.args.Composite(**arguments))
     return {item: restored[item] if item in filled else tree for item, tree in items.items()}
