@@ -72,9 +72,9 @@ def key(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Steps and token ids are counted in int32.
+# Steps, token ids and positions are int32; a table has up to 127 rows of padding besides.
 MOST_STEPS = 2**31 - 2
-MOST_IDS = 2**31 - 1
+MOST_IDS = 2**31 - 128
 # Far beyond any model's, so that a slip of the keyboard does not keep a machine busy; whether a model fits a machine is
 # asked before it is built.
 MOST_LAYERS, MOST_WIDTH, MOST_EXPANSION = 1000, 2**24, 1024
