@@ -97,13 +97,14 @@ def _history() -> Iterator[None]:
         return
     path = pathlib.Path(platformdirs.user_state_dir('gpt_jax'), 'prompts')
     readline.set_history_length(HISTORY_LINES)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # there is none yet, or it cannot be read
         readline.read_history_file(path)
     try:
         yield
     finally:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        readline.write_history_file(path)
+        with contextlib.suppress(OSError):  # a home folder that cannot be written to: these lines are forgotten
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
 
 
 # From tokens to text.
