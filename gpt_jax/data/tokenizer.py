@@ -17,13 +17,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_jax.data.corpus import Passage
+from gpt_jax.data.tokenizer_check import check_ids, check_tokenizer_json, library_errors
 from gpt_jax.errors import InputError, first_line
 from gpt_jax.files import replacing
 
 END_OF_TEXT = '<|endoftext|>'
 UNKNOWN = '<|unknown|>'
 SMALLEST_BPE = 257  # the 256 bytes and end of text
-LARGEST_VOCABULARY = 2**31  # batches hold ids as int32
 GPT2_REPOSITORY = 'openai-community/gpt2'
 PIECE_CHARACTERS = 2**15
 LONGEST_PIECE = 2**16
@@ -65,9 +65,9 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self.end_of_text: int = end_of_text
-        self.vocab_size: int = max(inner.get_vocab().values()) + 1  # the greatest id counts, should there be gaps
-        if self.vocab_size > LARGEST_VOCABULARY:
-            raise InputError(f'the tokenizer has token id {self.vocab_size - 1}, above int32: use another one')
+        vocabulary = inner.get_vocab()
+        check_ids(vocabulary)
+        self.vocab_size: int = max(vocabulary.values()) + 1  # the greatest id counts, should there be gaps
         added = inner.get_added_tokens_decoder()
         self._special = {token.content: id_ for id_, token in added.items() if token.special}
         canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True, separators=(',', ':'))
@@ -87,7 +87,8 @@ class Tokenizer:
         """
         _check_text(text)
         if not special:
-            return self._inner.encode(text, add_special_tokens=False).ids
+            with library_errors('the tokenizer cannot cut this text'):
+                return self._inner.encode(text, add_special_tokens=False).ids
         ids = []
         for part in re.split(f'({"|".join(map(re.escape, self._special))})', text):
             ids += [self._special[part]] if part in self._special else self.encode(part)
@@ -97,7 +98,8 @@ class Tokenizer:
         """`encode` of every text, on all cores."""
         for text in texts:
             _check_text(text)
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with library_errors('the tokenizer cannot cut these texts'):
+            return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, end of text included; bytes that are no UTF-8 become U+FFFD.
@@ -105,7 +107,8 @@ class Tokenizer:
         Raises InputError on an id outside of [0, vocab_size).
         """
         ids = [self._checked(id_) for id_ in ids]
-        return self._inner.decode(ids, skip_special_tokens=False)
+        with library_errors('the tokenizer cannot turn these ids into text'):
+            return self._inner.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes that one token stands for: they may end in the middle of a character.
@@ -126,11 +129,9 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str) -> 'Tokenizer':
         """The tokenizer that `to_json` wrote. Raises InputError on anything else."""
-        try:
-            inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exceptions, for bad JSON and bad content alike
-            raise InputError(f'not a tokenizer.json: {first_line(error)}; use another one') from None
-        return cls(inner)
+        check_tokenizer_json(text)
+        with library_errors('not a tokenizer.json'):
+            return cls(tokenizers.Tokenizer.from_str(text))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes `to_json` to `path`, whole or not at all."""
@@ -213,13 +214,11 @@ def gpt2(source: str | os.PathLike = 'gpt2') -> Tokenizer:
         return Tokenizer.load(folder / 'tokenizer.json')
     vocabulary = _first_file(folder, 'encoder.json', 'vocab.json')
     merges = _first_file(folder, 'vocab.bpe', 'merges.txt')
-    try:
+    with library_errors(f'{vocabulary} with {merges}: not a BPE vocabulary'):
         inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f'{vocabulary} with {merges}: not a BPE vocabulary ({first_line(error)})') from None
-    _make_byte_level(inner)
-    inner.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(inner)
+        _make_byte_level(inner)
+        inner.add_special_tokens([END_OF_TEXT])
+        return Tokenizer(inner)
 
 
 def _make_byte_level(inner: tokenizers.Tokenizer) -> None:
