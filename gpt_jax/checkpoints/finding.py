@@ -272,7 +272,7 @@ def describe_huggingface(folder: pathlib.Path) -> dict[str, Any]:
             f'{folder} has no tokenizer; put tokenizer.json there, or vocab.json with merges.txt, from where the '
             'weights came'
         )
-    tokenizer = gpt2(folder)
+    tokenizer = gpt2(folder, config.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f'{folder}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size={config.vocab_size} in '
