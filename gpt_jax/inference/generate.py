@@ -337,8 +337,8 @@ def _check_memory(
     there, host = count * (RESULT_BYTES + new * RESULT_TOKEN_BYTES), host_memory()
     if there > host:
         raise InputError(
-            f'num_samples={num_samples} with max_new_tokens={new}: {count} texts take some {_gigabytes(there)}, and '
-            f'this machine has {_gigabytes(host)}; ask for less at once'
+            f'{count} texts of up to {new} new tokens take some {_gigabytes(there)}, and this machine has '
+            f'{_gigabytes(host)}; ask for fewer samples, fewer prompts or fewer new tokens at once'
         )
     config, length = engine.model.config, longest_text(requests, stopping)
     batch_size = min(batch_size, count, (strategy and strategy.largest_batch) or count)
