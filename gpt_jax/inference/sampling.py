@@ -267,7 +267,7 @@ def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...
     spellings = [spelling for word in words for spelling in (word, f' {word}')]
     known = [spelling for spelling in spellings if not tokenizer.unknown_characters(spelling)]
     found = [tokenizer.encode(spelling) for spelling in known]
-    found += [tokenizer.encode(word, special=True) for word in known if tokenizer.find_special(word)]
+    found += [tokenizer.encode(word, special=True) for word in words if tokenizer.find_special(word)]
     return tuple(dict.fromkeys(map(tuple, found)))
 
 

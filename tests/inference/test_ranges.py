@@ -84,7 +84,13 @@ def engine(monkeypatch):
     [
         (Sampling(), None, STOPPING, {'num_samples': 10**9}, '1000000000 texts of up to 8 new tokens take'),
         (Sampling(), BestOf(10**9), STOPPING, {}, 'and this machine has 4.0 GB'),
-        (Sampling(), None, StoppingCriteria(2**31 - 1, 0, None, True), {}, '1 texts of up to 2147483647 new tokens take'),
+        (
+            Sampling(),
+            None,
+            StoppingCriteria(2**31 - 1, 0, None, True),
+            {},
+            '1 texts of up to 2147483647 new tokens take',
+        ),
         (Sampling(), None, STOPPING, {'num_samples': 10**5, 'batch_size': 10**5}, 'most for the KV cache, and there'),
         (GREEDY, Beams(4096), STOPPING, {}, 'a batch of 4096 texts of 10 tokens takes'),
         (GREEDY, Contrastive(top_k=10**6), STOPPING, {}, 'a batch of 50257 texts'),

@@ -50,13 +50,24 @@ def run_debugger(
     DebugPrompt(debugger, sampling, seed, console).cmdloop()
 
 
+class Lines:
+    """Lines of standard input, which may be a pipe without an end."""
+
+    def readline(self) -> str:
+        """The next line; raises InputError where it is too long for a command."""
+        line = sys.stdin.readline(LONGEST_LINE + 1)
+        if len(line) > LONGEST_LINE:
+            raise InputError(f'a command has more than {LONGEST_LINE:,} characters; give one a line')
+        return line
+
+
 class DebugPrompt(cmd.Cmd):
     """Lines from standard input to the debugger, its replies to a console; Tab completes on a terminal."""
 
     def __init__(self, debugger: Debugger, sampling: Sampling, seed: int, console: Console):
-        super().__init__(stdin=sys.stdin)
         if sys.stdin is None:
             raise InputError('--debug takes commands from standard input, which is closed')
+        super().__init__(stdin=Lines())
         self._debugger, self._console = debugger, console
         self._state, reply = debugger.start(sampling, seed)
         show(reply, console)

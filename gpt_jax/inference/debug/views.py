@@ -108,7 +108,7 @@ def attention_table(weights_TS: np.ndarray, tokens: Sequence[int], tokenizer: To
         shades = ''.join(SHADES[round(float(share) * (len(SHADES) - 1))] for share in shares)
         rows.append((str(place), show_token(tokenizer, tokens[place]), f'|{shades}|'))
     title = f'each token (a row) looks at those from place {first} on (columns), shaded {SHADES!r}'
-    return Table(title, ('place', 'token', ''), tuple(rows))
+    return Table(title, ('at', 'token', ''), tuple(rows))
 
 
 def _bar(weight: float) -> str:
