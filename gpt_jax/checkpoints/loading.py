@@ -33,7 +33,7 @@ from gpt_jax.data import Tokenizer
 from gpt_jax.data.tokenizer import END_OF_TEXT, UNKNOWN
 from gpt_jax.errors import InputError
 from gpt_jax.files import new_folder
-from gpt_jax.models import GPT, huggingface
+from gpt_jax.models import GPT, GPTConfig, huggingface
 from gpt_jax.parallel import tree_shardings
 
 ORBAX_FOLDER = str(pathlib.Path(ocp.__file__).parent)
@@ -56,7 +56,8 @@ class Loaded:
     """One checkpoint's parameters (nested dicts of jax arrays), its `meta`, its step and its folder.
 
     `meta` has `model` (the fields of GPTConfig), `tokenizer` (the text of a tokenizer.json) and
-    `tokenizer_fingerprint`. What training saved has the experiment besides, under `config`.
+    `tokenizer_fingerprint`. What training saved has the experiment besides, under `config`; what came from a Hugging
+    Face directory has its `token_ids` (see `huggingface.read_token_ids`).
     """
 
     params: Any
@@ -67,11 +68,16 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A GPT, its parameters (nested dicts of jax arrays) and the tokenizer of its vocabulary."""
+    """A GPT, its parameters (nested dicts of jax arrays) and the tokenizer of its vocabulary.
+
+    `eos_token_ids` are the tokens that end a text: those that the Hugging Face directory gave which the model came
+    from, of its vocabulary, or else the tokenizer's end of text.
+    """
 
     model: GPT
     params: Any
     tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
 
 
 def load(
@@ -131,7 +137,15 @@ def load_model(path: str | os.PathLike | Resolved, step: int | None = None, mesh
     beside = found.workdir and found.workdir / 'tokenizer.json'
     if beside and beside.exists() and Tokenizer.load(beside).fingerprint != tokenizer.fingerprint:
         raise InputError(f'{beside} does not match the checkpoint, which carries its own; delete that file')
-    return LanguageModel(GPT(read_model_config(loaded.meta, loaded.folder)), loaded.params, tokenizer)
+    config = read_model_config(loaded.meta, loaded.folder)
+    return LanguageModel(GPT(config), loaded.params, tokenizer, _eos_token_ids(loaded.meta, config, tokenizer))
+
+
+def _eos_token_ids(meta: dict[str, Any], config: GPTConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    given = meta.get('token_ids', {}).get('eos_token_id', [])
+    given = given if isinstance(given, list) else [given]
+    # The model never writes an id beyond its vocabulary; -1 is some people's none.
+    return tuple(dict.fromkeys(id_ for id_ in given if 0 <= id_ < config.vocab_size)) or (tokenizer.end_of_text,)
 
 
 # Where arrays go.
@@ -193,7 +207,10 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     """Read whole items into trees of jax arrays with the structure and shardings of the given abstract trees.
 
     A leaf without a sharding goes to the default device. The trees must have passed `check_tree`; all items or none
-    return.
+    return. In a run of several processes all make this call.
+
+    Raises:
+      InputError: a value of `params` is NaN or infinite.
     """
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -206,7 +223,23 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         arguments = {item: ocp.args.StandardRestore(tree) for item, tree in filled.items()}
         restored = checkpointer.restore(step_folder, args=ocp.args.Composite(**arguments))
+    if 'params' in filled:
+        _check_finite(step_folder, restored['params'])
     return {item: restored[item] if item in filled else tree for item, tree in items.items()}
+
+
+def _check_finite(step_folder: pathlib.Path, params: Any) -> None:
+    """Raises InputError, naming the parameter, where one has a value that is NaN or infinite."""
+
+    def parts(array: jax.Array) -> list[Any]:
+        # What this process holds, each part once; where it lies in host memory it is not copied.
+        different = {str(shard.index): shard for shard in array.addressable_shards}.values()
+        return [np.asarray(s.data) if s.device.platform == 'cpu' else s.data for s in different]
+
+    broken = (name for name, leaf in _by_name(params).items() if not all(map(huggingface.is_finite, parts(leaf))))
+    name = next(broken, None)
+    problem = InputError(f'checkpoint {step_folder}: {name} {huggingface.DIVERGED}') if name else None
+    verifying.raise_together(problem, lambda process: f'checkpoint {step_folder}: see the message of process {process}')
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -265,7 +298,8 @@ def export_huggingface(
         loaded = load(source, step, _split_over(mesh))
         config = read_model_config(loaded.meta, loaded.folder)
         tokenizer = Tokenizer.from_json(loaded.meta['tokenizer'])
-        ends = {'bos_token_id': tokenizer.end_of_text, 'eos_token_id': tokenizer.end_of_text}
+        ids = dict.fromkeys(huggingface.TOKEN_IDS, tokenizer.end_of_text) | loaded.meta.get('token_ids', {})
+        ends = {key: ids[key] for key in ('bos_token_id', 'eos_token_id')}
         huggingface.save(folder, config, loaded.params, dtype, extra=ends)
         (folder / 'tokenizer.json').write_text(tokenizer.to_json(), encoding='utf-8')
         tokenizer_config = {
@@ -278,9 +312,8 @@ def export_huggingface(
             # As Tokenizer.encode: a literal <|endoftext|> in a text is cut like any other text.
             'split_special_tokens': True,
         }
-        generation_config = ends | {'pad_token_id': tokenizer.end_of_text}
-        for name, document in (('tokenizer', tokenizer_config), ('generation', generation_config)):
-            text = json.dumps(document, indent=2, sort_keys=True) + '\n'
+        for name, document in (('tokenizer', tokenizer_config), ('generation', ids)):
+            text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + '\n'
             (folder / f'{name}_config.json').write_text(text, encoding='utf-8')
 
 
