@@ -98,7 +98,7 @@ def load(
         abstract tree (jax.ShapeDtypeStruct) to a tree of shardings. None: the default device.
 
     Raises:
-      InputError: as `resolve`, and when a file is missing or damaged.
+      InputError: as `resolve`, when a file is missing or damaged, or a parameter has a value that is NaN or infinite.
     """
     found = path if isinstance(path, Resolved) else resolve(path, step)
     return while_there(found, lambda found: _load(found, sharding or _default_place()))
@@ -117,6 +117,7 @@ def _load(found: Resolved, sharding: Placement) -> Loaded:
             _places(shapes, sharding),
         )
         params = read_items(folder, params=placed)['params']
+        _check_finite(folder, params)
     return Loaded(params, meta, found.step, folder)
 
 
@@ -207,10 +208,7 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     """Read whole items into trees of jax arrays with the structure and shardings of the given abstract trees.
 
     A leaf without a sharding goes to the default device. The trees must have passed `check_tree`; all items or none
-    return. In a run of several processes all make this call.
-
-    Raises:
-      InputError: a value of `params` is NaN or infinite.
+    return.
     """
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -223,8 +221,6 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         arguments = {item: ocp.args.StandardRestore(tree) for item, tree in filled.items()}
         restored = checkpointer.restore(step_folder, args=ocp.args.Composite(**arguments))
-    if 'params' in filled:
-        _check_finite(step_folder, restored['params'])
     return {item: restored[item] if item in filled else tree for item, tree in items.items()}
 
 

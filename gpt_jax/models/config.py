@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gpt_jax.config import LEAST_EPSILON, MOST_EXPANSION, MOST_IDS, MOST_LAYERS, MOST_WIDTH
 from gpt_jax.errors import InputError
 
 # Divisible by any usual tensor-parallel size, and a whole number of lanes for the matrix units.
@@ -38,16 +39,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 # What the backward pass makes again instead of keeping it; see GPTConfig.remat.
 REMAT_POLICIES = ('none', 'dots', 'names', 'full')
 
-# The largest that a size may be, far above any model: what lists layers or counts parameters needs an end.
 LARGEST = {
-    'vocab_size': 2**31 - 1,  # ids are int32
-    'block_size': 2**31 - 1,
-    'n_layer': 2**14,
-    'n_head': 2**20,
-    'd_model': 2**20,
-    'mlp_expansion': 2**14,
-    'n_inner': 2**24,
-    'band_size': 2**31 - 1,
+    'vocab_size': MOST_IDS,
+    'block_size': MOST_IDS,
+    'n_layer': MOST_LAYERS,
+    'n_head': MOST_WIDTH,
+    'd_model': MOST_WIDTH,
+    'mlp_expansion': MOST_EXPANSION,
+    'n_inner': MOST_WIDTH,
+    'band_size': MOST_IDS,
 }
 
 # GPT-3's paper gives no width for its bands: assumed to be that of GPT-Neo, its public counterpart.
@@ -147,8 +147,8 @@ class GPTConfig:
                 raise InputError(f'model.{key}={getattr(self, key)!r} must be one of {", ".join(known)}')
         epsilon = self.layer_norm_epsilon
         # Beyond 1 it is no small number that keeps a division sound, but another function.
-        if not (_is_number(epsilon) and 0 < epsilon <= 1):
-            raise InputError(f'model.layer_norm_epsilon={epsilon!r} must be above 0 and at most 1')
+        if not (_is_number(epsilon) and LEAST_EPSILON <= epsilon <= 1):
+            raise InputError(f'model.layer_norm_epsilon={epsilon!r} must be at least {LEAST_EPSILON} and at most 1')
         for key in ('qkv_bias', 'tie_embeddings', 'scan_layers', 'scale_attn_by_inverse_layer_idx'):
             if not isinstance(getattr(self, key), bool):
                 raise InputError(f'model.{key}={getattr(self, key)!r} must be True or False')
