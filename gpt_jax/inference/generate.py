@@ -68,9 +68,7 @@ class StoppingCriteria:
         """Ends texts where the checkpoint says: at its own `eos_token_ids`, as far as its tokenizer has them."""
         # A config.json of Hugging Face's names GPT-2's 50256 unless told otherwise, whatever the vocabulary.
         is_token_V = loaded.tokenizer.is_token(loaded.model.config.vocab_size)
-        ends = tuple(
-            id_ for id_ in getattr(loaded, 'eos_token_ids', ()) if 0 <= id_ < len(is_token_V) and is_token_V[id_]
-        )
+        ends = tuple(id_ for id_ in loaded.eos_token_ids if 0 <= id_ < len(is_token_V) and is_token_V[id_])
         return cls(max_new_tokens, loaded.tokenizer.end_of_text, stop, allow_sliding, ends)
 
     @property
