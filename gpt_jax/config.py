@@ -35,7 +35,7 @@ from gpt_jax.files import cache_folder
 
 # Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
 # something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
-FORMAT = 2
+FORMAT = 3
 
 
 def key(
@@ -121,6 +121,9 @@ class DataConfig(_Section):
     documents: str = key(
         'whole', "plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block' (by blank lines)"
     )
+    separator: str | None = key(
+        None, "stands between the documents of plain text, e.g. '<|endoftext|>', and is no part of them; unset: nothing"
+    )
     validation_fraction: float | None = key(
         None, "held out, by the hash of a document; unset: the corpus's own validation split or fraction"
     )
@@ -144,6 +147,11 @@ class DataConfig(_Section):
         for name, values in DATA_CHOICES.items():
             if getattr(self, name) not in values:
                 raise InputError(f'data.{name}={getattr(self, name)}: use {" or ".join(values)}')
+        for name in ('path', 'mixture', 'cache_dir'):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise InputError(f'data.{name}={getattr(self, name)}: empty; give it a value, or leave it unset')
+        if self.separator is not None and not self.separator.encode(errors='ignore'):
+            raise InputError(f'data.separator={self.separator!r}: no text; give it some, or leave it unset')
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise InputError(f'data.validation_fraction={self.validation_fraction}: use more than 0 and less than 1')
         if self.num_workers is not None and self.num_workers < 1:

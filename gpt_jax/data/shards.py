@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import gpt_jax
-from gpt_jax.data.corpus import SPLITS, Corpus, empty_split
+from gpt_jax.data.corpus import SPLITS, Corpus
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.files import replacing
@@ -309,7 +309,7 @@ def write_manifest(
             shards[split].append({'file': shard_path(folder, split, number).name, **counts})
     for split in SPLITS:
         if not shards[split]:
-            raise empty_split(split, corpus.name)
+            raise corpus.empty_split(split)
     content = {
         'format': FORMAT,
         'version': gpt_jax.__version__,
