@@ -126,9 +126,11 @@ class Corpus(abc.ABC):
     def empty_split(self, split: str) -> InputError:
         """What to raise where there is nothing for a split; reads documents again, to name a share that helps."""
         texts = (passage.text for part in self.parts() for passage in self._fetched(part))
-        places = sorted({_place_of(text) for text in itertools.islice(texts, MOST_PLACES)})
-        if len(places) < 2:
-            way = f'{len(places)} documents that differ, and a document is in one split; name a larger corpus, such as '
+        places = sorted({_place_of(text) for text in itertools.islice(filter(None, texts), MOST_PLACES)})
+        if not places:
+            way = 'no document has any text; name a corpus that has some, or another --config.data.column'
+        elif len(places) < 2:
+            way = 'there is 1 document that differs from others, in one split; name a larger corpus, such as '
             way += '--config.data.path=FILE, or cut a text up, e.g. with --config.data.documents=block'
         else:
             middle = 1 if split == 'validation' else len(places) // 2

@@ -79,9 +79,11 @@ def detect(path: pathlib.Path) -> FileFormat:
     name = f'data.path={path}'
     check_regular(path, name)
     with opened(path) as file:
-        start = file.read(HEAD_BYTES)
-        file.seek(max(os.fstat(file.fileno()).st_size - 4, 0))
-        end = file.read(4)
+        size = os.fstat(file.fileno()).st_size
+        # Files of /proc say that they are empty, and some of them never end.
+        start = file.read(HEAD_BYTES) if size else b''
+        file.seek(max(size - 4, 0))
+        end = file.read(4) if size else b''
     stem, ending = os.path.splitext(path.name.lower())
     by_name = COMPRESSIONS.get(ending, '') if start else ''
     compression = next((value for magic, value in MAGICS.items() if start.startswith(magic)), by_name)
@@ -112,11 +114,17 @@ def detect(path: pathlib.Path) -> FileFormat:
 
 
 def _refuse_utf16(head: bytes, name: str) -> None:
-    encoding = 'UTF-32' if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else 'UTF-16'
-    marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or encoding == 'UTF-32'
-    # Without a mark, Latin letters in UTF-16 are valid UTF-8: every other byte is zero.
-    zeros = sorted(half.count(0) for half in (head[::2], head[1::2]))
-    if marked or (len(head) >= 8 and zeros[1] > len(head) / 4 and zeros[0] <= zeros[1] / 20):
+    encoding = ''
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encoding = 'UTF-32'
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = 'UTF-16'
+    elif len(head) >= 8:
+        # Without a mark, Latin letters in UTF-16 are valid UTF-8: every other byte is zero.
+        zeros = {'UTF-16BE': head[::2].count(0), 'UTF-16LE': head[1::2].count(0)}
+        few, many = sorted(zeros, key=zeros.get)
+        encoding = many if zeros[many] > len(head) / 4 and zeros[few] <= zeros[many] / 20 else ''
+    if encoding:
         raise InputError(f'{name} is {encoding}; make UTF-8 of it: iconv -f {encoding} -t UTF-8')
 
 

@@ -27,7 +27,7 @@ from gpt_jax.data import formats
 from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, by_hash, split_of, split_stretches
 from gpt_jax.data.formats import ENDLESS, FileFormat, blocks, detect, json_rows, parquet_rows, texts
 from gpt_jax.data.tokenizer import safe_end
-from gpt_jax.errors import InputError
+from gpt_jax.errors import InputError, one_line
 from gpt_jax.files import check_local, read_json, replacing, sha256
 
 TEXT_FRACTION = 0.1  # of the characters of a running text
@@ -79,7 +79,7 @@ class LocalCorpus(Corpus):
     def label(self) -> str:
         """The first of its files, and how many others there are."""
         others = f' and {len(self.paths) - 1} others' if len(self.paths) > 1 else ''
-        return f'data.path={self.paths[0]}{others}'
+        return one_line(f'data.path={self.paths[0]}{others}')
 
     @property
     def key(self) -> str:
@@ -157,12 +157,12 @@ class LocalCorpus(Corpus):
           end_of_text: markers that end documents in other people's files.
         """
         for path in self.passed_over:
-            yield f'data.path: passed over {path}, which is no regular file'
+            yield one_line(f'data.path: passed over {path}, which is no regular file')
         if self.kind in ROWS:
             return
         for path, format_ in zip(self.paths, self.formats, strict=True):
             if format_.row:
-                yield (
+                yield one_line(
                     f'data.path={path} looks like rows of JSON and is trained on as text, braces and all; to train on '
                     f'what their key {self.column!r} holds, name it .jsonl'
                 )

@@ -32,6 +32,7 @@ from gpt_jax.data.batches import TokenSource
 from gpt_jax.data.corpus import Corpus
 from gpt_jax.data.parts import PARTS, Job, build_parts, lock, read_report, worthwhile
 from gpt_jax.data.shards import (
+    PREPARE_AGAIN,
     TOKENIZER,
     Tokens,
     check_manifest,
@@ -352,7 +353,13 @@ def _resolve(folder: pathlib.Path, corpus: Corpus) -> Corpus:
     with lock(folder, SOURCE):
         path = folder / SOURCE
         if path.is_file():
-            return corpus.resolve(read_json(path))
+            recorded = read_json(path)
+            try:
+                return corpus.resolve(recorded)
+            except (KeyError, TypeError, ValueError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f'{path}: damaged; {PREPARE_AGAIN}') from None
         corpus = corpus.resolve()
         with replacing(path) as file:
             file.write(json.dumps(corpus.source(), indent=2).encode())
