@@ -130,7 +130,6 @@ def prepare(
       InputError: the mixture cannot be read or names what is no corpus and no file, a corpus or the tokenizer cannot be
         had, the cache cannot be written, or files in it are damaged.
     """
-    config.check()
     if config.mixture is not None and config.path is not None:
         raise InputError(f'data.path={config.path} beside data.mixture={config.mixture}: name the file in the mixture')
     if config.mixture is None:
@@ -234,6 +233,11 @@ def load_corpus(config: DataConfig, in_mixture: bool = False) -> Corpus:
     name = config.corpus
     if name not in NAMES and not name.startswith('hub:'):
         raise InputError(f'data.corpus={name}: unknown; use one of {", ".join(NAMES)} or hub:OWNER/NAME')
+    if config.separator is not None:
+        try:
+            config.separator.encode()
+        except UnicodeEncodeError:
+            raise InputError(f'data.separator={config.separator!a}: not UTF-8, so no text holds it') from None
     if config.path is not None:
         return local.load_local(config, in_mixture)
     if name == 'text':

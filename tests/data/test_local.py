@@ -189,7 +189,7 @@ def test_rows_without_text_are_left_out(tmp_path):
         ('a.jsonl.gz', b'no gzip', 'damaged'),
         ('a.jsonl.zst', b'no zstd', 'damaged'),
         ('a.parquet', b'no parquet', 'not a parquet file'),
-        ('a.txt.gz', b'x', 'of compressed files only JSON lines'),
+        ('a.txt.gz', gzip.compress(b'x'), 'of compressed files only JSON lines'),
         ('a.txt', b'', 'the file is empty'),
     ],
 )
