@@ -21,6 +21,7 @@ import dataclasses
 import math
 import numbers
 import operator
+import os
 import pathlib
 import textwrap
 import types
@@ -184,7 +185,7 @@ class DataConfig(_Section):
     @property
     def cache(self) -> pathlib.Path:
         """The folder where prepared data is kept."""
-        return pathlib.Path(self.cache_dir or cache_folder('data')).expanduser()
+        return pathlib.Path(os.path.expanduser(self.cache_dir or cache_folder('data')))
 
 
 @dataclasses.dataclass(frozen=True)

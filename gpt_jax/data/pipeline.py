@@ -45,7 +45,7 @@ from gpt_jax.data.shards import (
 )
 from gpt_jax.data.tokenizer import Tokenizer, pieces, shorten_words, up_to
 from gpt_jax.errors import InputError
-from gpt_jax.files import replacing
+from gpt_jax.files import check_local, replacing
 
 NAMES = ('python_docs', 'text', *hub.NAMED)
 SOURCE = 'source.json'
@@ -130,6 +130,10 @@ def prepare(
       InputError: the mixture cannot be read or names what is no corpus and no file, a corpus or the tokenizer cannot be
         had, the cache cannot be written, or files in it are damaged.
     """
+    if config.cache_dir is not None:
+        check_local(config.cache_dir, f'data.cache_dir={config.cache_dir}')
+        if '\0' in config.cache_dir:
+            raise InputError(f'data.cache_dir={config.cache_dir}: no name of a folder; name another one')
     if config.mixture is not None and config.path is not None:
         raise InputError(f'data.path={config.path} beside data.mixture={config.mixture}: name the file in the mixture')
     if config.mixture is None:
@@ -347,9 +351,12 @@ def _writing(cache: pathlib.Path) -> Iterator[None]:
                 f'data.cache_dir={cache}: the disk is full; free some space, or name another folder, and run the '
                 'command again: the finished parts are kept'
             ) from None
-        if error.filename is None or not pathlib.Path(error.filename).is_relative_to(cache):
+        place = error.filename2 or error.filename
+        # Of the cache, or of a folder above it that cannot be made.
+        if place is None or not (pathlib.Path(place).is_relative_to(cache) or cache.is_relative_to(place)):
             raise
-        raise InputError(f'data.cache_dir={cache}: cannot be written ({error.strerror}); name another folder') from None
+        what = cache if pathlib.Path(place) == cache else f'{cache}: {place}'
+        raise InputError(f'data.cache_dir={what} cannot be written ({error.strerror}); name another folder') from None
 
 
 def _resolve(folder: pathlib.Path, corpus: Corpus) -> Corpus:
@@ -397,9 +404,10 @@ def _make_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def _sample(corpus: Corpus) -> Iterator[str]:
     """The training text that BPE learns from: the beginnings of parts that are spread over the corpus."""
     parts = [part for part in corpus.parts() if part.split in ('', 'train')]
-    # The first parts alone may all be of one year, one site or one language.
-    spread = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]
-    chosen = parts if len(parts) <= TOKENIZER_PARTS else spread
+    chosen = parts
+    if len(parts) > TOKENIZER_PARTS:
+        # The first parts alone may all be of one year, one site or one language.
+        chosen = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]
     empty = True
     for part in chosen:
         texts = (shorten_words(piece) for text in corpus.texts(part, 'train') for piece in pieces(text))

@@ -288,7 +288,7 @@ def digest(*parts: str) -> str:
 
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether all of the folder was finished, and no file that it names is missing."""
-    if not all((folder / name).is_file() for name in (MANIFEST, TOKENIZER)):
+    if not all(os.path.isfile(folder / name) for name in (MANIFEST, TOKENIZER)):
         return False
     shards = read_manifest(folder)['shards']
     present = {path.name for path in folder.iterdir()}
@@ -438,7 +438,7 @@ def inspect(folder: str | os.PathLike) -> Iterator[str]:
     Raises InputError, naming the file, where the folder is not finished or a file in it is damaged.
     """
     folder = pathlib.Path(folder)
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):
         raise InputError(f'--inspect={folder}: no finished data there, {MANIFEST} is missing; prepare it')
     content = read_manifest(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
