@@ -21,6 +21,7 @@ import dataclasses
 import math
 import numbers
 import operator
+import os
 import pathlib
 import textwrap
 import types
@@ -177,6 +178,9 @@ class DataConfig(_Section):
         "plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block' (by blank lines)",
         choices=('whole', 'file', 'block'),
     )
+    separator: str | None = key(
+        None, "stands between the documents of plain text, e.g. '<|endoftext|>', and is no part of them; unset: nothing"
+    )
     validation_fraction: float | None = key(
         None,
         "held out, by the hash of a document; unset: the corpus's own validation split or fraction",
@@ -200,7 +204,7 @@ class DataConfig(_Section):
     @property
     def cache(self) -> pathlib.Path:
         """The folder where prepared data is kept."""
-        return pathlib.Path(self.cache_dir or cache_folder('data')).expanduser()
+        return pathlib.Path(os.path.expanduser(self.cache_dir or cache_folder('data')))
 
 
 @dataclasses.dataclass(frozen=True)
