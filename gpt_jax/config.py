@@ -21,7 +21,6 @@ import dataclasses
 import math
 import numbers
 import operator
-import os
 import pathlib
 import textwrap
 import types
@@ -33,7 +32,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from gpt_jax.errors import InputError
-from gpt_jax.files import cache_folder
+from gpt_jax.files import cache_folder, check_local
 
 # Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
 # something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
@@ -204,7 +203,18 @@ class DataConfig(_Section):
     @property
     def cache(self) -> pathlib.Path:
         """The folder where prepared data is kept."""
-        return pathlib.Path(os.path.expanduser(self.cache_dir or cache_folder('data')))
+        path = self.cache_dir or cache_folder('data')
+        check_local(path, f'data.cache_dir={path}')
+        try:
+            path = pathlib.Path(path).expanduser()
+            path.resolve()
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it is made where data are written
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL, links in a loop, a home folder that nobody has
+            reason = getattr(error, 'strerror', None) or error
+            raise InputError(f'data.cache_dir={path}: cannot be used ({reason}); name another folder') from None
+        return path
 
 
 @dataclasses.dataclass(frozen=True)

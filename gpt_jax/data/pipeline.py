@@ -344,6 +344,9 @@ def _writing(cache: pathlib.Path) -> Iterator[None]:
     """Turns errors of writing in `cache` into InputError, and leaves all others alone."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'data.cache_dir={cache}: cannot be made ({error.strerror}); name another folder') from None
+    try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
