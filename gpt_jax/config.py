@@ -36,7 +36,7 @@ from gpt_jax.files import cache_folder, check_local
 
 # Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
 # something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
-FORMAT = 2
+FORMAT = 3
 
 
 def key(
@@ -110,7 +110,23 @@ class ModelConfig(_Section):
     n_head: int | None = key(None, "unset: the preset's", weights=True, least=1, most=MOST_WIDTH)
     d_model: int | None = key(None, "unset: the preset's", weights=True, least=1, most=MOST_WIDTH)
     mlp_expansion: int | None = key(
-        None, "the MLP's width as a multiple of d_model; unset: 4", weights=True, least=1, most=MOST_EXPANSION
+        None,
+        "the MLP's width as a multiple of d_model; unset: 4, or n_inner",
+        weights=True,
+        length='mlp',
+        least=1,
+        most=MOST_EXPANSION,
+    )
+    n_inner: int | None = key(
+        None,
+        "the MLP's width where it is no multiple of d_model; unset: mlp_expansion",
+        weights=True,
+        length='mlp',
+        least=1,
+        most=MOST_WIDTH,
+    )
+    activation: str | None = key(
+        'gelu_new', "of the MLP: 'gelu_new' (by tanh), 'gelu' (exact), 'relu', 'silu', ...", unset=True, weights=True
     )
     dropout: float | None = key(None, 'the four rates below, where they are unset (recipe)', least=0, below=1)
     embedding_dropout: float | None = key(None, 'on token + position embeddings', least=0, below=1)
@@ -129,6 +145,9 @@ class ModelConfig(_Section):
     )
     qkv_bias: bool | None = key(None, 'of the projections to query, key and value; unset: True', weights=True)
     attention_scale: float | None = key(None, 'on query x key; unset: 1 / sqrt(head width)', weights=True, above=0)
+    scale_attn_by_inverse_layer_idx: bool | None = key(
+        False, "query x key is also divided by the layer's number, from 1", unset=True, weights=True
+    )
     tie_embeddings: bool | None = key(None, 'the output head is the token embedding; unset: True', weights=True)
     layer_norm_epsilon: float | None = key(
         None, 'added to the variance; unset: 1e-5', weights=True, least=LEAST_EPSILON
@@ -157,6 +176,9 @@ class DataConfig(_Section):
         'whole',
         "plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block' (by blank lines)",
         choices=('whole', 'file', 'block'),
+    )
+    separator: str | None = key(
+        None, "stands between the documents of plain text, e.g. '<|endoftext|>', and is no part of them; unset: nothing"
     )
     validation_fraction: float | None = key(
         None,

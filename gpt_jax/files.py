@@ -89,9 +89,10 @@ def decoded(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise InputError(f'{name} is UTF-16; make UTF-8 of it: iconv -f UTF-16 -t UTF-8') from None
-        raise InputError(
-            f'{name} is not UTF-8 (byte {error.start:,}); convert it, e.g. with iconv -f LATIN1 -t UTF-8'
-        ) from None
+        wrong = (
+            f'byte 0x{data[error.start]:02x} in line {data.count(10, 0, error.start) + 1}, at offset {error.start:,}'
+        )
+        raise InputError(f'{name} is not UTF-8 ({wrong}); convert it, e.g. with iconv -f LATIN1 -t UTF-8') from None
 
 
 def read_json(path: str | os.PathLike, name: str | None = None, most: int = MOST_BYTES) -> Any:

@@ -130,7 +130,7 @@ def test_what_is_no_regular_file_is_refused_unread(tmp_path, read, make, message
     [
         (b'12345', 'larger than the 4 bytes'),
         ('a'.encode('utf-16'), 'is UTF-16'),
-        (b'\xff', r'not UTF-8 \(byte 0\)'),
+        (b'\xff', r'not UTF-8 \(byte 0xff in line 1, at offset 0\)'),
         (b'', 'not JSON'),
         (b'NaN', 'NaN is no number of JSON'),
         (b'1e', 'not JSON'),

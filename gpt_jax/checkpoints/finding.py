@@ -318,7 +318,7 @@ def describe_save(step: int, val_loss: float | None = None) -> dict[str, Any]:
 
 
 def describe_huggingface(folder: pathlib.Path) -> dict[str, Any]:
-    """A Hugging Face directory's `model`, `tokenizer` and `tokenizer_fingerprint`, as a checkpoint's record has them.
+    """A Hugging Face directory's `model`, `tokenizer`, its fingerprint, and `token_ids`: as a checkpoint's record.
 
     Raises InputError, naming the file, where config.json cannot be used, or there is no tokenizer for its vocabulary.
     """
@@ -332,7 +332,7 @@ def describe_huggingface(folder: pathlib.Path) -> dict[str, Any]:
             f'{folder} has no tokenizer; put tokenizer.json there, or vocab.json with merges.txt, from where the '
             'weights came'
         )
-    tokenizer = gpt2(folder)
+    tokenizer = gpt2(folder, config.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f'{folder}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size={config.vocab_size} in '
@@ -342,6 +342,7 @@ def describe_huggingface(folder: pathlib.Path) -> dict[str, Any]:
         'model': dataclasses.asdict(config),
         'tokenizer': tokenizer.to_json(),
         'tokenizer_fingerprint': tokenizer.fingerprint,
+        'token_ids': huggingface.read_token_ids(folder),
     }
 
 

@@ -64,7 +64,9 @@ def test_a_checkpoint_of_an_earlier_version_loads_with_its_model_and_tokenizer(n
     record = GOLDEN[name].read_bytes()
     params = lay_out(tmp_path / 'checkpoints' / '20', record)
     loaded = checkpoints.load_model(tmp_path)
-    assert dataclasses.asdict(loaded.model.config) == json.loads(record)['model']
+    # What came later has the value that changes nothing.
+    later = {'activation': 'gelu_new', 'n_inner': None, 'scale_attn_by_inverse_layer_idx': False}
+    assert dataclasses.asdict(loaded.model.config) == json.loads(record)['model'] | later
     assert loaded.tokenizer.fingerprint == json.loads(record)['tokenizer_fingerprint']
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     tokens = jnp.asarray([loaded.tokenizer.encode('The king')])
