@@ -32,7 +32,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from gpt_jax.errors import InputError
-from gpt_jax.files import cache_folder
+from gpt_jax.files import cache_folder, check_local
 
 # Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
 # something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
@@ -72,9 +72,9 @@ def key(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Steps and token ids are counted in int32.
+# Steps, token ids and positions are int32; a table has up to 127 rows of padding besides.
 MOST_STEPS = 2**31 - 2
-MOST_IDS = 2**31 - 1
+MOST_IDS = 2**31 - 128
 # Far beyond any model's, so that a slip of the keyboard does not keep a machine busy; whether a model fits a machine is
 # asked before it is built.
 MOST_LAYERS, MOST_WIDTH, MOST_EXPANSION = 1000, 2**24, 1024
@@ -177,6 +177,9 @@ class DataConfig(_Section):
         "plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block' (by blank lines)",
         choices=('whole', 'file', 'block'),
     )
+    separator: str | None = key(
+        None, "stands between the documents of plain text, e.g. '<|endoftext|>', and is no part of them; unset: nothing"
+    )
     validation_fraction: float | None = key(
         None,
         "held out, by the hash of a document; unset: the corpus's own validation split or fraction",
@@ -200,7 +203,18 @@ class DataConfig(_Section):
     @property
     def cache(self) -> pathlib.Path:
         """The folder where prepared data is kept."""
-        return pathlib.Path(self.cache_dir or cache_folder('data')).expanduser()
+        path = self.cache_dir or cache_folder('data')
+        check_local(path, f'data.cache_dir={path}')
+        try:
+            path = pathlib.Path(path).expanduser()
+            path.resolve()
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it is made where data are written
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL, links in a loop, a home folder that nobody has
+            reason = getattr(error, 'strerror', None) or error
+            raise InputError(f'data.cache_dir={path}: cannot be used ({reason}); name another folder') from None
+        return path
 
 
 @dataclasses.dataclass(frozen=True)

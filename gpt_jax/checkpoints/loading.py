@@ -4,11 +4,14 @@ orbax casts dtypes silently and reports a wrong shape or a missing leaf in many 
 certain tree, every leaf is compared by name before anything is read.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,11 +44,48 @@ ORBAX_FOLDER = str(pathlib.Path(ocp.__file__).parent)
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or not record.pathname.startswith(ORBAX_FOLDER)
+    # An error with its traceback is one that is raised as well.
+    told = record.levelno >= logging.ERROR and not record.exc_info
+    return told or not record.pathname.startswith(ORBAX_FOLDER)
 
 
-# orbax logs dozens of lines a save on the logger that the verbs use too; only its own lines below ERROR are dropped
+# orbax logs dozens of lines a save on the logger that the verbs use too; its own lines below ERROR are dropped
 absl_logging.get_absl_logger().addFilter(_not_orbax_chatter)
+# Where one of orbax's writes fails, asyncio tells of each other one that nobody asks for its error any more.
+logging.getLogger('asyncio').addFilter(lambda record: ORBAX_FOLDER not in record.getMessage())
+
+
+@contextlib.contextmanager
+def orbax_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An existing `folder` under a name that orbax takes as it is, for the length of the block.
+
+    It looks for its files by patterns in which `[`, `*` and `?` of the folder's own path are signs of the pattern: it
+    finds none, or another folder's. tensorstore refuses a backslash.
+    """
+    if not set('[*?\\') & set(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix='gpt_jax-') as place:
+        link = pathlib.Path(place, 'folder')
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+
+
+@contextlib.contextmanager
+def no_closed_loops():
+    """Where a write fails, tensorstore tells of each other one that its event loop is closed, in a traceback each."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and 'loop is closed' in str(unraisable.exc_value)):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = usual
 
 
 # A tree of parameters (jax.ShapeDtypeStruct) -> where each of them goes; or one place for all.
@@ -178,8 +218,9 @@ def stored_shapes(step_folder: pathlib.Path, item: str) -> Any:
     """
     if not (step_folder / item).is_dir():
         return None
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{item: ocp.StandardCheckpointHandler()})) as checkpointer:
-        metadata = checkpointer.metadata(step_folder).item_metadata[item].tree
+    handler = ocp.CompositeCheckpointHandler(**{item: ocp.StandardCheckpointHandler()})
+    with no_closed_loops(), orbax_path(step_folder) as path, ocp.Checkpointer(handler) as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata[item].tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
@@ -219,9 +260,13 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     items = {item: jax.tree.map(placed, tree) for item, tree in items.items()}
     filled = {item: tree for item, tree in items.items() if jax.tree.leaves(tree)}
     handlers = {item: ocp.StandardCheckpointHandler() for item in filled}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+    with (
+        no_closed_loops(),
+        orbax_path(step_folder) as path,
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer,
+    ):
         arguments = {item: ocp.args.StandardRestore(tree) for item, tree in filled.items()}
-        restored = checkpointer.restore(step_folder, args=ocp.args.Composite(**arguments))
+        restored = checkpointer.restore(path, args=ocp.args.Composite(**arguments))
     return {item: restored[item] if item in filled else tree for item, tree in items.items()}
 
 
@@ -271,8 +316,9 @@ def import_huggingface(source: str | os.PathLike, target: str | os.PathLike, mes
         params_handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9)
         handler = ocp.CompositeCheckpointHandler(params=params_handler, meta=ocp.JsonCheckpointHandler())
         items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
+        # orbax puts a folder of its own in the place of this one, whose name is a plain one.
+        with no_closed_loops(), orbax_path(folder.parent) as parent, ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(parent / folder.name, args=ocp.args.Composite(**items), force=True)
         verifying.write(folder)
 
 
