@@ -306,7 +306,9 @@ def _prepare_corpus(
         return prepared
     with _writing(cache):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        corpus = _resolve(folder, corpus)
+        unresolved, corpus = corpus, _resolve(folder, corpus)
+        for line in corpus.notices([tokenizers.END_OF_TEXT]) if corpus is not unresolved else ():
+            log(line)
         tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
         if not _build(folder, corpus, config, tokenizer, piece, log):
             return None
