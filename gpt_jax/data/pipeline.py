@@ -346,6 +346,9 @@ def _writing(cache: pathlib.Path) -> Iterator[None]:
     """Turns errors of writing in `cache` into InputError, and leaves all others alone."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'data.cache_dir={cache}: cannot be made ({error.strerror}); name another folder') from None
+    try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -354,8 +357,7 @@ def _writing(cache: pathlib.Path) -> Iterator[None]:
                 'command again: the finished parts are kept'
             ) from None
         place = error.filename2 or error.filename
-        # Of the cache, or of a folder above it that cannot be made.
-        if place is None or not (pathlib.Path(place).is_relative_to(cache) or cache.is_relative_to(place)):
+        if place is None or not pathlib.Path(place).is_relative_to(cache):
             raise
         what = cache if pathlib.Path(place) == cache else f'{cache}: {place}'
         raise InputError(f'data.cache_dir={what} cannot be written ({error.strerror}); name another folder') from None

@@ -18,7 +18,7 @@ import tensorboardX
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from gpt_jax.files import replacing
+from gpt_jax.files import appending, replacing
 from gpt_jax.models import GPTConfig
 from gpt_jax.models.config import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
@@ -94,11 +94,13 @@ class MetricsLog:
         rows = list(read_rows(self.path, last_step))
         with replacing(self.path) as file:
             file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())
+        if (workdir / 'tensorboard').is_symlink():
+            (workdir / 'tensorboard').unlink()  # what it leads to is not the run's to remove or to fill
         shutil.rmtree(workdir / 'tensorboard', ignore_errors=True)
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
         for row in rows:
             self._to_tensorboard(row)
-        self._file = self.path.open('a', encoding='utf-8')
+        self._file = appending(self.path)
         self.evaluated = {row['step'] for row in rows if 'val_loss' in row}
 
     def write(self, row: dict[str, Any]) -> None:
@@ -143,6 +145,8 @@ class SampleLog:
                     kept.append(line)
             with replacing(self._path) as file:
                 file.write(''.join(kept).encode())
+        elif self._path.is_symlink():
+            self._path.unlink()  # to where nothing is yet
 
     def write(self, step: int, previews: dict[str, Any]) -> None:
         """Adds the named previews of `step`."""
@@ -150,7 +154,7 @@ class SampleLog:
         for name, text in previews.items():
             lines.append(f'  {name}:')
             lines += [f'    | {line}' for line in str(text).splitlines()]
-        with self._path.open('a', encoding='utf-8') as file:
+        with appending(self._path) as file:
             file.write('\n'.join(lines) + '\n')
 
 
@@ -223,4 +227,5 @@ def plot_loss(workdir: pathlib.Path) -> None:
     axes.grid(alpha=0.3)
     if training or validation:
         axes.legend()
-    figure.savefig(workdir / 'loss.png', dpi=120)
+    with replacing(workdir / 'loss.png') as file:
+        figure.savefig(file, format='png', dpi=120)

@@ -9,12 +9,13 @@ import dataclasses
 import functools
 import math
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 
-from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, latest_meta, load
+from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, load, recover
 from gpt_jax.config import RunConfig, as_record, parse
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
@@ -38,6 +39,7 @@ from gpt_jax.training.step import (
     Batch,
     TrainState,
     abstract_state,
+    check_memory,
     check_mesh,
     init_state,
     make_eval_step,
@@ -101,8 +103,8 @@ def train(
     Raises:
       InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
     """
-    with workdirs.locked(pathlib.Path(workdir).expanduser()) as workdir:
-        recorded = latest_meta(workdir / 'checkpoints')
+    with workdirs.locked(workdir) as workdir:
+        recorded = recover(workdir / 'checkpoints', say)
         path = parse(config).train.init_from
         weights = None if path is None else find_initial_weights(path, recorded)
         run = resolve(config, weights)
@@ -172,6 +174,7 @@ class Trainer:
         self._init_from = (recorded or {}).get('init_from')
         self.mesh = make_mesh(run.mesh)
         check_mesh(run, self.mesh.shape)
+        check_memory(run, model_config(run, run.model.vocab_size or 1), self.mesh)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         if recorded is not None:
             _check_same_data(self.data, recorded, workdir)
@@ -200,7 +203,12 @@ class Trainer:
         """The state after step `start`: restored, or before the first one drawn or taken from another's weights."""
         if self.start:
             abstract = abstract_state(self.model, self.optimizer, self.mesh)
-            params, optimizer, _ = self._checkpoints.restore(self.start, abstract.params, abstract.optimizer)
+            params, optimizer, _ = self._checkpoints.restore(
+                self.start,
+                abstract.params,
+                abstract.optimizer,
+                verify=False,  # `recover` did
+            )
             return TrainState.join(params, optimizer)
         params = None if self._weights is None else self._load_weights(self._weights)
         return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params)
@@ -436,12 +444,12 @@ class Trainer:
 
     def say(self, line: str) -> None:
         """Prints a line, in the first of several processes."""
-        if self._is_first_process:
-            print(line, flush=True)
+        say(line)
 
     def how_to_generate(self) -> str:
         """The command that makes text from this run."""
-        return f"Generate from it: python -m gpt_jax.generate --checkpoint={self._workdir} --prompt='...'"
+        checkpoint = shlex.quote(f'--checkpoint={self._workdir}')
+        return f"Generate from it: python -m gpt_jax.generate {checkpoint} --prompt='...'"
 
     def ending(self, step: int, signal: int | None) -> str:
         """How the run ended, and what comes next."""
@@ -463,6 +471,12 @@ class Trainer:
             f'{numbers} at step {step} is not finite; {kept}; '
             'lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision.compute=f32'
         )
+
+
+def say(line: str) -> None:
+    """Prints a line, in the first of several processes."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _check_same_data(data: TrainingData, recorded: dict[str, Any], workdir: pathlib.Path) -> None:
