@@ -40,7 +40,7 @@ except BaseException:
 VERB = """
 import signal, sys, time
 from gpt_jax import cli
-number = int(sys.argv.pop())
+number = {number}
 def main():
     try:
         exec({body!r}, globals())
@@ -53,26 +53,33 @@ cli.run(main, 'A verb.', ())
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-def run(code, *arguments, prepare=None):
-    environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, '-c', code, *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=60, preexec_fn=prepare
-    )
+@pytest.fixture
+def run(tmp_path):
+    """A function: source -> the finished `python -m` of it, which differs from `python -c` in how it ends."""
+
+    def run(source, prepare=None):
+        (tmp_path / 'a_verb.py').write_text(source, encoding='utf-8')
+        environment = os.environ | {'PYTHONPATH': os.pathsep.join((str(ROOT), str(tmp_path)))}
+        command = [sys.executable, '-m', 'a_verb']
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=60, preexec_fn=prepare
+        )
+
+    return run
 
 
 @pytest.mark.parametrize('where', LOSE)
 @pytest.mark.parametrize('number', NUMBERS)
-def test_one_signal_ends_a_verb_whatever_it_interrupts(number, where):
-    process = run(VERB.format(body=LOSE[where]), number)
+def test_one_signal_ends_a_verb_whatever_it_interrupts(run, number, where):
+    process = run(VERB.format(body=LOSE[where], number=int(number)))
     assert (process.returncode, process.stdout) == (128 + number, 'cleared away\n'), process.stderr
     assert 'nothing was in progress that needed saving' in process.stderr
     assert process.stderr.count('\n') == 1
 
 
-def test_a_hang_up_is_ignored_where_it_was_ignored_from_the_start():
-    code = VERB.format(body='signal.raise_signal(number); raise SystemExit(7)')
-    process = run(code, signal.SIGHUP, prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+def test_a_hang_up_is_ignored_where_it_was_ignored_from_the_start(run):
+    code = VERB.format(body='signal.raise_signal(number); raise SystemExit(7)', number=int(signal.SIGHUP))
+    process = run(code, prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     assert (process.returncode, process.stdout) == (7, 'cleared away\n')
 
 
@@ -93,7 +100,7 @@ def test_a_signal_that_a_library_caught_is_raised_where_training_takes_over(numb
 
 
 @pytest.mark.parametrize('number', NUMBERS)
-def test_before_anything_is_begun_the_process_ends_where_it_is(number):
+def test_before_anything_is_begun_the_process_ends_where_it_is(run, number):
     code = 'import signal, sys\nfrom gpt_jax import signals\nsignals.end_at_once()\nsignal.raise_signal({})'
     process = run(code.format(int(number)))
     assert process.returncode == 128 + number
