@@ -25,12 +25,14 @@ from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
 from gpt_jax.training.logs import (
     NOTHING,
     MetricsLog,
+    Output,
     Progress,
     SampleLog,
     Throughput,
     model_flops_utilisation,
     plot_loss,
     read_rows,
+    surviving,
 )
 from gpt_jax.training.optimizer import lengths, make_optimizer, make_schedule
 from gpt_jax.training.recipe import find_initial_weights, model_config, resolve
@@ -167,6 +169,7 @@ class Trainer:
         self._run, self._workdir, self._weights = run, workdir, weights
         self._checkpoints, self._sample = checkpoints, sample
         self._is_first_process = jax.process_index() == 0
+        self._output = Output(self._is_first_process)
         self.start = recorded['step'] if recorded else 0
         # What the first weights were, for the description of checkpoints.
         self._init_from = (recorded or {}).get('init_from')
@@ -251,7 +254,7 @@ class Trainer:
         last_step = self.start or NOTHING
         self._metrics = MetricsLog(self._workdir, last_step) if self._is_first_process else None
         self._samples = SampleLog(self._workdir, last_step) if self._is_first_process else None
-        self._progress = Progress(self.start, self.total, self._is_first_process)
+        self._progress = Progress(self.start, self.total, self._is_first_process, self._output)
         self._throughput = Throughput()
         try:
             yield
@@ -259,7 +262,8 @@ class Trainer:
             self._progress.close()
             if self._metrics is not None:
                 self._metrics.close()
-                plot_loss(self._workdir)
+                with surviving('loss.png'):
+                    plot_loss(self._workdir)
 
     def take_steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         """All steps that are left, and what is due before, between and after them; the last step and its state."""
@@ -344,15 +348,19 @@ class Trainer:
     def _stops_before_the_first_step(self, state: TrainState, stop: StopRequest) -> bool:
         """Does what is due before any step is taken; returns whether a signal came meanwhile.
 
-        A resumed run makes up for an evaluation that it was stopped in. A new one shows what the weights of another
-        checkpoint are worth; their loss is not held against later ones, since they are saved elsewhere already.
+        A resumed run makes up for an evaluation that it was stopped in, and for a preview that was lost after its
+        step was saved. A new one shows what the weights of another checkpoint are worth; their loss is not held
+        against later ones, since they are saved elsewhere already.
         """
         if self.start:
-            missing = self._due(self.start, 'eval') and self._metrics and self.start not in self._metrics.evaluated
-            # Several processes never break an evaluation off.
-            if not missing or jax.process_count() > 1:
+            # Several processes never break an evaluation off, and only the first would know that a preview is lost.
+            if jax.process_count() > 1:
                 return False
-            return self._follow_up(self.start, state, stop, stopped=False)
+            if self._due(self.start, 'eval') and self.start not in self._metrics.evaluated:
+                return self._follow_up(self.start, state, stop, stopped=False)
+            if self._due(self.start, 'preview') and self.start not in self._samples.steps:
+                self._preview(self.start, state)
+            return False
         if self._weights is None:
             return False
         if self._due(0, 'eval') and self._evaluate(0, state, stop) is None:
@@ -362,22 +370,35 @@ class Trainer:
         return False
 
     def _follow_up(self, step: int, state: TrainState, stop: StopRequest, stopped: bool) -> bool:
-        """Does what is due after `step`, and saves where the run is to stop; returns whether it is."""
+        """Does what is due after `step`, and saves where the run is to stop; returns whether it is.
+
+        It is saved as soon as it is known whether it is the best, and before anything that only shows it.
+        """
         val_loss, is_best = None, False
         if self._due(step, 'eval'):
-            val_loss = self._evaluate(step, state, stop)
+            try:
+                val_loss = self._evaluate(step, state, stop)
+            except InputError:
+                raise  # it is not finite: nothing of this step is to be kept
+            except Exception:
+                # Most often for want of memory, in a batch larger than training's: not the steps' fault.
+                self._save(step, state, None)
+                raise
             # An evaluation that was broken off is made up for on resume, so nothing may come after this step.
             stopped = stopped or val_loss is None
             if val_loss is not None and (self._best_loss is None or val_loss < self._best_loss):
                 self._best_loss = val_loss
                 is_best = self._run.checkpoint.keep_best > 0
+        if stopped or is_best or self._due(step, 'checkpoint'):
+            self._save(step, state, val_loss)
         if self._due(step, 'preview') and not (self._due(step, 'eval') and val_loss is None):
             self._preview(step, state)
-        if stopped or is_best or self._due(step, 'checkpoint'):
-            if self._metrics is not None:
-                self._metrics.sync()
-            self._checkpoints.save(step, state.params, state.optimizer, self.describe(), val_loss)
         return stopped
+
+    def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
+        if self._metrics is not None:
+            self._metrics.sync()
+        self._checkpoints.save(step, state.params, state.optimizer, self.describe(), val_loss)
 
     def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> float | None:
         """The validation loss, logged; None where a signal broke the evaluation off."""
@@ -411,16 +432,22 @@ class Trainer:
         return self.val_loss
 
     def _preview(self, step: int, state: TrainState) -> None:
-        previews = self._teacher_forced(state.params)
+        previews = {}
+        with surviving(f'preview of step {step}'):
+            previews |= self._teacher_forced(state.params)
         if self._sample is not None:
             asked = dataclasses.asdict(self._run.preview)
             del asked['every_steps']
-            sampled = self._sample(self.model, state.params, self.data.tokenizer, seed=self._run.train.seed, **asked)
-            previews['sampled'] = sampled
-            if step == self.total:
-                self._progress.line(f'sample:\n{sampled}')
-        if self._samples is not None:
-            self._samples.write(step, previews)
+            with surviving(f'sampled preview of step {step}'):
+                sampled = self._sample(
+                    self.model, state.params, self.data.tokenizer, seed=self._run.train.seed, **asked
+                )
+                previews['sampled'] = sampled
+                if step == self.total:
+                    self._progress.line(f'sample:\n{sampled}')
+        if self._samples is not None and previews:
+            with surviving('samples.txt'):
+                self._samples.write(step, previews)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to use the model, and to know how to go on with the run."""
@@ -436,8 +463,7 @@ class Trainer:
 
     def say(self, line: str) -> None:
         """Prints a line, in the first of several processes."""
-        if self._is_first_process:
-            print(line, flush=True)
+        self._output.line(line)
 
     def how_to_generate(self) -> str:
         """The command that makes text from this run."""
