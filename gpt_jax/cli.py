@@ -8,16 +8,17 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from gpt_jax import signals
-from gpt_jax.config import help_text
-from gpt_jax.errors import InputError
-from gpt_jax.files import cache_folder
+from gpt_jax.config import FIELDS, help_text
+from gpt_jax.errors import InputError, first_line
+from gpt_jax.files import cache_folder, check_regular
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -42,7 +43,13 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
     _use_streams()
     try:
         with signals.unwinding():
-            _parse(doc, key_flags)
+            if any(argument in ('--help', '-help', '-h', '--helpfull', '--helpshort') for argument in sys.argv[1:]):
+                print(_help(doc, key_flags), flush=True)
+                sys.exit(0)
+            if 'config' in key_flags and '--help_config' in sys.argv[1:]:
+                print(help_text(), flush=True)
+                sys.exit(0)
+            _parse_flags(key_flags)
             status = main()
             sys.stdout.flush()
     except BrokenPipeError:
@@ -51,39 +58,17 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
         sys.exit(141)
     except InputError as error:
         _complain(str(error))
-    except flags.Error as error:
-        # A config that raises comes with its whole traceback as the message.
-        text = str(error)
-        _complain(text.strip().splitlines()[-1] if 'Traceback' in text else text)
     except (KeyboardInterrupt, SystemExit, Exception) as error:
-        if (number := signals.noted()) is not None:
-            # A library may have made another error of the exception that the signal raised.
+        # A library may have made another error of the exception that the signal raised.
+        number = signals.noted() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+        if number is not None:
             _say_ended(number, error)
             sys.exit(128 + number)
-        if isinstance(error, SystemExit | KeyboardInterrupt):
-            raise
         if isinstance(error, OSError) and error.errno in LOST and error.filename is None:
             discard_output()
             _complain(f'the output cannot be written ({error.strerror})')
-        # ml_collections lets these out for a mistyped key or a config that fails; later ones are bugs of ours.
-        if flags.FLAGS.is_parsed():
-            raise
-        _complain(_explain(error))
+        raise  # the end of --help, or a bug of ours
     sys.exit(status)
-
-
-def _parse(doc: str, key_flags: Sequence[str]) -> None:
-    """Reads the command line, and answers where it asks for help."""
-    if any(argument in ('--help', '-help', '-h', '--helpfull', '--helpshort') for argument in sys.argv[1:]):
-        print(_help(doc, key_flags), flush=True)
-        sys.exit(0)
-    if 'config' in key_flags and '--help_config' in sys.argv[1:]:
-        print(help_text(), flush=True)
-        sys.exit(0)
-    rest = flags.FLAGS(sys.argv)[1:]
-    if rest:
-        raise InputError(f'unexpected argument {rest[0]!r}; flags are written --name=value')
-    _quieten()
 
 
 def _use_streams() -> None:
@@ -118,21 +103,58 @@ def _say_ended(number: int, error: BaseException) -> None:
     print(f'{name}; nothing was in progress that needed saving{meanwhile}', file=sys.stderr)
 
 
+def _parse_flags(key_flags: Sequence[str]) -> None:
+    """Parses the command line; an experiment's own code runs meanwhile. Raises InputError."""
+    if 'config' in key_flags and (path := _experiment_path()) is not None:
+        check_regular(path, f'--config={path}')
+    _quieten()
+    try:
+        rest = flags.FLAGS(_without_unset_keys(sys.argv))[1:]
+    except (Exception, SystemExit) as error:
+        signals.check()  # or it is of a signal
+        raise InputError(_explain(error)) from None
+    if rest:
+        raise InputError(f'unexpected argument {rest[0]!r}; flags are written --name=value')
+
+
 def read_experiment(flag: flags.FlagHolder) -> ConfigDict:
     """The value of a config flag.
 
     Raises:
-      InputError: the flag is missing, or names a file that does not exist.
+      InputError: the flag is missing, or names a file that gives no experiment.
     """
-    if flag.value is None:
+    if not flag.present:
         raise InputError(f'--{flag.name} is missing; try --{flag.name}=configs/quickstart.py')
     try:
-        flag.value.to_dict()
-    except OSError:
-        # A file that cannot be opened is reported on first use alone.
-        name = config_flags.get_config_filename(flags.FLAGS[flag.name])
-        raise InputError(f'--{flag.name}={name} cannot be opened; name a file of configs/') from None
+        is_experiment = isinstance(flag.value, ConfigDict)
+        flag.value.lock()  # an error while the file was opened or run is reported on first use alone
+    except OSError as error:
+        raise InputError(_explain(error)) from None
+    except AttributeError:
+        is_experiment = False
+    if not is_experiment:
+        raise InputError(
+            f'--{flag.name}={_experiment_path()}: get_config() must return a ConfigDict, not '
+            f'{type(flag.value).__name__}; begin with gpt_jax.config.base()'
+        )
+    for section, key in _unset_keys(sys.argv):
+        flag.value[section][key] = None
     return flag.value
+
+
+# ml_collections would read the None as a number, or as the text 'None'.
+_UNSET = re.compile(r'--?config\.(\w+)\.(\w+)=None')
+
+
+def _unset_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """The section and key of each --config.SECTION.KEY=None; a mistyped one is left to the parser of flags."""
+    found = [match.groups() for argument in arguments if (match := _UNSET.fullmatch(argument))]
+    return [key for key in found if key in {(section, name) for section, name, _ in FIELDS}]
+
+
+def _without_unset_keys(arguments: Sequence[str]) -> list[str]:
+    unset = {f'config.{section}.{key}=None' for section, key in _unset_keys(arguments)}
+    return [argument for argument in arguments if argument.lstrip('-') not in unset]
 
 
 def define_mesh_flag() -> flags.FlagHolder:
@@ -176,16 +198,41 @@ def values(given_alone: bool = False) -> dict[str, Any]:
     return {flag.name: flag.value for flag in found if flag.present or not given_alone}
 
 
-def _explain(error: Exception) -> str:
-    """One line for what ml_collections raises while flags are parsed, with the flag it is about."""
+def _experiment_path() -> str | None:
+    """The file that --config names, without the argument behind a colon; None where the flag is not given."""
+    for number, argument in reversed(list(enumerate(sys.argv))):
+        flag, equals, value = argument.partition('=')
+        if flag in ('--config', '-config'):
+            value = value if equals else ''.join(sys.argv[number + 1 : number + 2])
+            return value.partition(':')[0]
+    return None
+
+
+def _explain(error: BaseException) -> str:
+    """One line for what is raised while flags are parsed: the flag it is about, or the line of the experiment."""
+    path = _experiment_path()
+    given = [a for a in sys.argv[1:] if a.startswith('--config')]
+    one: BaseException | None = error
+    while path is not None and one is not None:
+        lines = [frame.lineno for frame in traceback.extract_tb(one.__traceback__) if frame.filename == path]
+        if isinstance(one, SyntaxError) and one.filename == path:
+            lines = [one.lineno]
+        if lines:
+            what = one.msg if isinstance(one, SyntaxError) else first_line(one)
+            return f'--config={path}: line {lines[-1]}: {type(one).__name__}: {what}'
+        one = one.__cause__ or one.__context__
     text = str(error.args[0] if error.args else error)
+    if isinstance(error, flags.Error):
+        # A config that raises comes with its whole traceback as the message.
+        return f'--config={path}: {text.strip().splitlines()[-1]}' if 'Traceback' in text else text
+    if 'get_config' in text and isinstance(error, AttributeError):
+        return f'--config={path} defines no get_config(); configs/base.py shows one'
     missing = re.match(r"[\W]*'(\w+)\W", text)
     if missing:
         hint = re.search(r'Did you mean "(\w+)"', text)
         wrong = [a.split('=')[0] for a in sys.argv[1:] if re.search(rf'\.{missing[1]}(\.|$)', a.split('=')[0])]
         advice = f'did you mean {hint[1]}?' if hint else '--help_config lists the keys'
         return f'{wrong[0] if wrong else missing[1]}: there is no such key; {advice}'
-    given = [a for a in sys.argv[1:] if a.startswith('--config')]
     return f'{" ".join(given)}: {type(error).__name__}: {text}'
 
 

@@ -1,8 +1,8 @@
 """Every key of an experiment, with its default and what it means: the one place of a key.
 
-From these dataclasses follow the ConfigDict of an experiment file (`base`), the check of types, which keys a resumed
-run may change (`differing_keys`), which of several keys stand for one length (`LENGTHS`), which come with the weights
-of `train.init_from` (`WEIGHTS_KEYS`), and what `--help_config` prints (`help_text`).
+From these dataclasses follow the ConfigDict of an experiment file (`base`), the check of types and ranges, which keys a
+resumed run may change (`differing_keys`), which of several keys stand for one length (`LENGTHS`), which come with the
+weights of `train.init_from` (`WEIGHTS_KEYS`), and what `--help_config` prints (`help_text`).
 
     from gpt_jax.config import base          # an experiment file, wherever it lies
 
@@ -20,6 +20,7 @@ line wins over the experiment file, and the file over the recipe.
 import dataclasses
 import math
 import numbers
+import operator
 import pathlib
 import textwrap
 import types
@@ -46,7 +47,11 @@ def key(
     resume: bool = False,
     weights: bool = False,
     length: str | None = None,
-    least: int | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
 ) -> Any:
     """A key of a section.
 
@@ -57,54 +62,84 @@ def key(
       resume: whether a resumed run may change it: it says where, when and how something is computed, not what.
       weights: whether `train.init_from` brings it along.
       length: of the keys of a section with this name only one is set: they are one length in several units.
-      least: the smallest number that it may be.
+      least, most: the smallest and the largest number that it may be.
+      above, below: the same, but not the number itself.
+      choices: the texts that it may be; none: any but the empty one, which is possible only as the default.
     """
-    metadata = {'doc': doc, 'unset': unset, 'resume': resume, 'weights': weights, 'length': length, 'least': least}
+    bounds = {'least': least, 'above': above, 'most': most, 'below': below}
+    metadata = {'doc': doc, 'unset': unset, 'resume': resume, 'weights': weights, 'length': length}
+    metadata |= {'bounds': {word: bound for word, bound in bounds.items() if bound is not None}, 'choices': choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Steps and token ids are counted in int32.
+MOST_STEPS = 2**31 - 2
+MOST_IDS = 2**31 - 1
+# Far beyond any model's, so that a slip of the keyboard does not keep a machine busy; whether a model fits a machine is
+# asked before it is built.
+MOST_LAYERS, MOST_WIDTH, MOST_EXPANSION = 10_000, 2**24, 1024
+# Below it float32 has no whole precision, and processors take it for 0.
+LEAST_EPSILON = 1e-37
+# What is nearer to 1 is 1 in float32, and Adam then divides by 1 - 1.
+MOST_BETA = 1 - 2**-24
+
+
 class _Section:
-    """Checks the types of a section's values when it is made, wherever they come from."""
+    """Checks the types and ranges of a section's values when it is made, wherever they come from."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             name = f'{_section_name(type(self))}.{field.name}'
-            object.__setattr__(self, field.name, _checked(name, value, field.type))
+            value = _checked(name, value, field.type)
+            object.__setattr__(self, field.name, value)
+            if value is not None and not _is_within(value, field):
+                unset = '; None leaves it unset' if field.type is not _plain_type(field.type) else ''
+                raise InputError(f'{name}={value!r} must be {_range(field)}{unset}')
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_Section):
     """The architecture, and how its layers are run; what stays unset has the default of `gpt_jax.models.GPTConfig`."""
 
-    version: str = key('gpt2', "'gpt2' or 'gpt3': whose recipe fills the unset keys")
+    version: str = key('gpt2', 'whose recipe fills the unset keys', choices=('gpt2', 'gpt3'))
     preset: str | None = key(None, "a published size, e.g. 'gpt2-small' (gpt_jax/models lists them)")
-    vocab_size: int | None = key(None, "unset: the tokenizer's", weights=True)
-    block_size: int | None = key(None, "context, in tokens; unset: the preset's", weights=True)
-    n_layer: int | None = key(None, "unset: the preset's", weights=True)
-    n_head: int | None = key(None, "unset: the preset's", weights=True)
-    d_model: int | None = key(None, "unset: the preset's", weights=True)
-    mlp_expansion: int | None = key(None, "the MLP's width as a multiple of d_model; unset: 4", weights=True)
-    dropout: float | None = key(None, 'the four rates below, where they are unset (recipe)')
-    embedding_dropout: float | None = key(None, 'on token + position embeddings')
-    attention_dropout: float | None = key(None, 'on the attention probabilities')
-    mlp_dropout: float | None = key(None, "on the MLP's output")
-    resid_dropout: float | None = key(None, "on the attention's output")
-    attention_pattern: str | None = key(None, "'dense', or 'alternating' with banded layers (recipe)", weights=True)
+    vocab_size: int | None = key(None, "unset: the tokenizer's", weights=True, least=1, most=MOST_IDS)
+    block_size: int | None = key(None, "context, in tokens; unset: the preset's", weights=True, least=1, most=MOST_IDS)
+    n_layer: int | None = key(None, "unset: the preset's", weights=True, least=1, most=MOST_LAYERS)
+    n_head: int | None = key(None, "unset: the preset's", weights=True, least=1, most=MOST_WIDTH)
+    d_model: int | None = key(None, "unset: the preset's", weights=True, least=1, most=MOST_WIDTH)
+    mlp_expansion: int | None = key(
+        None, "the MLP's width as a multiple of d_model; unset: 4", weights=True, least=1, most=MOST_EXPANSION
+    )
+    dropout: float | None = key(None, 'the four rates below, where they are unset (recipe)', least=0, below=1)
+    embedding_dropout: float | None = key(None, 'on token + position embeddings', least=0, below=1)
+    attention_dropout: float | None = key(None, 'on the attention probabilities', least=0, below=1)
+    mlp_dropout: float | None = key(None, "on the MLP's output", least=0, below=1)
+    resid_dropout: float | None = key(None, "on the attention's output", least=0, below=1)
+    attention_pattern: str | None = key(
+        None, "'alternating': with banded layers (recipe)", weights=True, choices=('dense', 'alternating')
+    )
     band_size: int | None = key(
-        None, "tokens that a banded layer's query sees; unset: 256, which no paper gives", weights=True
+        None,
+        "tokens that a banded layer's query sees; unset: 256, which no paper gives",
+        weights=True,
+        least=1,
+        most=MOST_IDS,
     )
     qkv_bias: bool | None = key(None, 'of the projections to query, key and value; unset: True', weights=True)
-    attention_scale: float | None = key(None, 'on query x key; unset: 1 / sqrt(head width)', weights=True)
+    attention_scale: float | None = key(None, 'on query x key; unset: 1 / sqrt(head width)', weights=True, above=0)
     tie_embeddings: bool | None = key(None, 'the output head is the token embedding; unset: True', weights=True)
-    layer_norm_epsilon: float | None = key(None, 'added to the variance; unset: 1e-5', weights=True)
+    layer_norm_epsilon: float | None = key(
+        None, 'added to the variance; unset: 1e-5', weights=True, least=LEAST_EPSILON
+    )
     remat: str = key(
-        'none', "kept for the backward pass: 'none' all, 'dots' and 'names' some, 'full' layer inputs", resume=True
+        'none',
+        "made again in the backward pass: 'none' nothing, 'dots' and 'names' some, 'full' all but layer inputs",
+        resume=True,
+        choices=('none', 'dots', 'names', 'full'),
     )
     scan_layers: bool = key(False, 'one compiled block for all layers: compiles sooner, for deep models', resume=True)
-
-
-DATA_CHOICES = {'documents': ('whole', 'file', 'block'), 'invalid_bytes': ('refuse', 'replace')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +154,27 @@ class DataConfig(_Section):
     mixture: str | None = key(None, "several, with weights, in place of the corpus: 'python_docs:0.7,notes.txt:0.3'")
     column: str = key('text', 'of parquet and JSON lines: where the text stands')
     documents: str = key(
-        'whole', "plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block' (by blank lines)"
+        'whole',
+        "plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block' (by blank lines)",
+        choices=('whole', 'file', 'block'),
     )
     validation_fraction: float | None = key(
-        None, "held out, by the hash of a document; unset: the corpus's own validation split or fraction"
+        None,
+        "held out, by the hash of a document; unset: the corpus's own validation split or fraction",
+        above=0,
+        below=1,
     )
-    invalid_bytes: str = key('refuse', "what is no UTF-8: 'refuse', or 'replace' by U+FFFD, counted")
+    invalid_bytes: str = key(
+        'refuse', "what is no UTF-8: 'replace' puts U+FFFD there, and counts", choices=('refuse', 'replace')
+    )
     streaming: bool = key(False, "read the hub's files over the network, keeping none of them", resume=True)
     tokenizer: str | None = key(
         'bpe', "'bpe' (trained on the corpus), 'char', 'gpt2', or a folder with GPT-2's files", unset=True
     )
-    vocab_size: int = key(4096, 'tokens of a tokenizer that is trained')
-    num_workers: int | None = key(None, 'processes that prepare a large corpus; unset: one for each core', resume=True)
+    vocab_size: int = key(4096, 'tokens of a tokenizer that is trained', least=1, most=MOST_IDS)
+    num_workers: int | None = key(
+        None, 'processes that prepare a large corpus; unset: one for each core', resume=True, least=1, most=1024
+    )
     mask_documents: bool = key(False, 'tokens see their own document alone; positions start again in each')
     cache_dir: str | None = key(None, "token shards; unset: gpt_jax/data in the user's cache folder", resume=True)
 
@@ -139,42 +183,38 @@ class DataConfig(_Section):
         """The folder where prepared data is kept."""
         return pathlib.Path(self.cache_dir or cache_folder('data')).expanduser()
 
-    def check(self) -> None:
-        """Raises InputError on a value that is none of those above."""
-        for name, values in DATA_CHOICES.items():
-            if getattr(self, name) not in values:
-                raise InputError(f'data.{name}={getattr(self, name)}: use {" or ".join(values)}')
-        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
-            raise InputError(f'data.validation_fraction={self.validation_fraction}: use more than 0 and less than 1')
-        if self.num_workers is not None and self.num_workers < 1:
-            raise InputError(f'data.num_workers={self.num_workers}: use 1 or more')
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Section):
     """AdamW."""
 
-    learning_rate: float | None = key(None, 'at its peak (recipe)')
-    beta1: float | None = key(None, "Adam's first moment (recipe)")
-    beta2: float | None = key(None, "Adam's second moment (recipe)")
-    epsilon: float | None = key(None, "added to Adam's denominator (recipe)")
-    weight_decay: float | None = key(None, 'decoupled; on matrices and embeddings alone (recipe)')
-    clip_norm: float | None = key(None, 'of the global gradient; 0.0: no clipping (recipe)')
+    learning_rate: float | None = key(None, 'at its peak (recipe)', above=0)
+    beta1: float | None = key(None, "Adam's first moment (recipe)", least=0, most=MOST_BETA)
+    beta2: float | None = key(None, "Adam's second moment (recipe)", least=0, most=MOST_BETA)
+    epsilon: float | None = key(None, "added to Adam's denominator (recipe)", least=LEAST_EPSILON)
+    weight_decay: float | None = key(None, 'decoupled; on matrices and embeddings alone (recipe)', least=0)
+    clip_norm: float | None = key(None, 'of the global gradient; 0.0: no clipping (recipe)', least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig(_Section):
     """The learning rate over the run."""
 
-    warmup_steps: int | None = key(None, 'linear, from 0 to the peak (recipe)', length='warmup')
-    warmup_tokens: int | None = key(None, 'the same in tokens (recipe)', length='warmup')
-    warmup_epochs: float | None = key(None, 'the same in epochs of the training split', length='warmup')
-    decay_steps: int | None = key(
-        None, "where the cosine ends, counted from step 0 (recipe, or the run's end)", length='decay'
+    warmup_steps: int | None = key(
+        None, 'linear, from 0 to the peak (recipe)', length='warmup', least=0, most=MOST_STEPS
     )
-    decay_tokens: int | None = key(None, 'the same in tokens (recipe)', length='decay')
-    decay_epochs: float | None = key(None, 'the same in epochs of the training split', length='decay')
-    final_fraction: float | None = key(None, 'of the peak: the floor that the cosine ends on (recipe)')
+    warmup_tokens: int | None = key(None, 'the same in tokens (recipe)', length='warmup', least=0)
+    warmup_epochs: float | None = key(None, 'the same in epochs of the training split', length='warmup', least=0)
+    decay_steps: int | None = key(
+        None,
+        "where the cosine ends, counted from step 0 (recipe, or the run's end)",
+        length='decay',
+        least=1,
+        most=MOST_STEPS,
+    )
+    decay_tokens: int | None = key(None, 'the same in tokens (recipe)', length='decay', least=1)
+    decay_epochs: float | None = key(None, 'the same in epochs of the training split', length='decay', above=0)
+    final_fraction: float | None = key(None, 'of the peak: the floor that the cosine ends on (recipe)', least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +222,14 @@ class TrainConfig(_Section):
     """Length, batch and seed."""
 
     init_from: str | None = key(None, 'a checkpoint or Hugging Face directory to take the first weights from')
-    steps: int | None = key(None, "the run's length: exactly one of these three", length='length', resume=True)
-    tokens: int | None = key(None, 'the same in tokens', length='length', resume=True)
-    epochs: float | None = key(None, 'the same in epochs of the training split', length='length', resume=True)
+    steps: int | None = key(
+        None, "the run's length: exactly one of these three", length='length', resume=True, least=1, most=MOST_STEPS
+    )
+    tokens: int | None = key(None, 'the same in tokens', length='length', resume=True, least=1)
+    epochs: float | None = key(None, 'the same in epochs of the training split', length='length', resume=True, above=0)
     batch_size: int | None = key(None, 'sequences of block_size tokens a step, over all devices (recipe)', least=1)
     accumulation_steps: int = key(1, 'micro-batches that a step is cut into', least=1, resume=True)
-    seed: int = key(0, 'of initialisation, order of the data, dropout and previews')
+    seed: int = key(0, 'of initialisation, order of the data, dropout and previews', least=0, below=2**32)
     log_every_steps: int = key(
         10, 'rows of metrics.jsonl; the first and the last step have one as well', least=1, resume=True
     )
@@ -197,7 +239,9 @@ class TrainConfig(_Section):
 class EvalConfig(_Section):
     """The validation loss while training."""
 
-    every_steps: int = key(500, 'over the whole validation split, and at the end; 0: at the end alone', resume=True)
+    every_steps: int = key(
+        500, 'over the whole validation split, and at the end; 0: at the end alone', resume=True, least=0
+    )
     batch_size: int | None = key(None, 'sequences; unset: that of a micro-batch', least=1, resume=True)
 
 
@@ -205,37 +249,39 @@ class EvalConfig(_Section):
 class CheckpointConfig(_Section):
     """When to save, and what to keep."""
 
-    every_steps: int = key(500, 'and at the end, and where validation is best so far; 0: only then', resume=True)
+    every_steps: int = key(
+        500, 'and at the end, and where validation is best so far; 0: only then', resume=True, least=0
+    )
     keep_latest: int = key(1, 'of the newest', least=1, resume=True)
-    keep_best: int = key(1, 'of the lowest validation loss; 0: none is saved for being best', resume=True)
+    keep_best: int = key(1, 'of the lowest validation loss; 0: none is saved for being best', resume=True, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Section):
     """Devices along each axis; one axis may be -1: whatever the others leave."""
 
-    data: int = key(-1, 'devices that split the batch; -1: all that the other axes leave', resume=True)
-    fsdp: int = key(1, 'devices that split the batch and the parameters', resume=True)
-    tensor: int = key(1, 'devices that split heads, MLP width and vocabulary', resume=True)
-    context: int = key(1, "devices that split a sequence's tokens", resume=True)
+    data: int = key(-1, 'devices that split the batch; -1: all that the other axes leave', resume=True, least=-1)
+    fsdp: int = key(1, 'devices that split the batch and the parameters', resume=True, least=-1)
+    tensor: int = key(1, 'devices that split heads, MLP width and vocabulary', resume=True, least=-1)
+    context: int = key(1, "devices that split a sequence's tokens", resume=True, least=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig(_Section):
     """Of matrix products and activations."""
 
-    compute: str = key('f32', "'f32', 'bf16', or 'fp16' with dynamic loss scaling; parameters stay f32")
+    compute: str = key('f32', "'fp16' has dynamic loss scaling; parameters stay f32", choices=('f32', 'bf16', 'fp16'))
 
 
 @dataclasses.dataclass(frozen=True)
 class PreviewConfig(_Section):
     """What samples.txt shows of the model while it learns."""
 
-    every_steps: int = key(500, 'to samples.txt, and at the end; 0: at the end alone', resume=True)
+    every_steps: int = key(500, 'to samples.txt, and at the end; 0: at the end alone', resume=True, least=0)
     prompt: str = key('', 'of the sampled preview; empty: starts a new document', resume=True)
-    max_new_tokens: int = key(64, 'of the sampled preview', least=1, resume=True)
-    temperature: float = key(0.8, 'divides the logits', resume=True)
-    top_k: int = key(50, 'likeliest tokens drawn from; 0: all', resume=True)
+    max_new_tokens: int = key(64, 'of the sampled preview', least=1, most=100_000, resume=True)
+    temperature: float = key(0.8, 'divides the logits', resume=True, above=0)
+    top_k: int = key(50, 'likeliest tokens drawn from; 0: all', resume=True, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,11 +300,7 @@ class RunConfig:
     preview: PreviewConfig
 
     def check(self) -> None:
-        """Raises InputError, naming the keys, where a value is out of range or two keys contradict each other."""
-        for section, name, field in FIELDS:
-            value, least = getattr(getattr(self, section), name), field.metadata['least']
-            if least is not None and value is not None and value < least:
-                raise InputError(f'{section}.{name}={value} must be at least {least}')
+        """Raises InputError, naming the keys, where two keys contradict each other."""
         for (section, length), names in LENGTHS.items():
             values = {name: getattr(getattr(self, section), name) for name in names}
             given = [f'{section}.{name}={value}' for name, value in values.items() if value is not None]
@@ -266,18 +308,11 @@ class RunConfig:
                 raise InputError(f'{" and ".join(given)}: only one of them may be set')
             if not given and length == 'length':
                 raise InputError('the length of the run is unset: give one of train.steps, train.tokens, train.epochs')
-            if any(value < (0 if length == 'warmup' else 1e-9) for value in values.values() if value is not None):
-                raise InputError(f'{given[0]} must be positive')
         batch_size, accumulation_steps = self.train.batch_size, self.train.accumulation_steps
         if batch_size is not None and batch_size % accumulation_steps:
             raise InputError(
                 f'train.batch_size={batch_size} is not divisible by train.accumulation_steps={accumulation_steps}'
             )
-        # The sampler would say so as well, but only at the first preview, hours of training later.
-        if not self.preview.temperature > 0:
-            raise InputError(f'preview.temperature={self.preview.temperature} must be above 0')
-        if self.preview.top_k < 0:
-            raise InputError(f'preview.top_k={self.preview.top_k} must be at least 1, or 0 for all tokens')
 
 
 SECTIONS: dict[str, type[_Section]] = {field.name: field.type for field in dataclasses.fields(RunConfig)}
@@ -309,7 +344,7 @@ def parse(config: 'Mapping[str, Any] | RunConfig') -> RunConfig:
     """The experiment that a ConfigDict (or nested dict) describes, its unset keys None.
 
     Raises:
-      InputError: a key is missing or unknown, or its value is of another type.
+      InputError: a key is missing or unknown, or its value is of another type or out of range.
     """
     if isinstance(config, RunConfig):
         return config
@@ -395,7 +430,11 @@ def help_text() -> str:
             default = 'unset' if field.default is None or field.metadata['unset'] else repr(field.default)
             resume = '; may change on resume' if field.metadata['resume'] else ''
             lines.append(f'  --config.{section}.{field.name}  ({_plain_type(field.type).__name__}, {default}{resume})')
-            lines += textwrap.wrap(field.metadata['doc'], 110, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
+            limited = field.metadata['choices'] or field.metadata['bounds']
+            allowed = f'; {_range(field)}' if limited else ''
+            lines += textwrap.wrap(
+                field.metadata['doc'] + allowed, 110, initial_indent=' ' * 6, subsequent_indent=' ' * 6
+            )
     return '\n'.join(lines[1:])
 
 
@@ -412,10 +451,31 @@ def _checked(name: str, value: Any, annotation: Any) -> Any:
         if isinstance(value, wanted):
             return value
     elif not isinstance(value, bool) and isinstance(value, numbers.Integral if wanted is int else numbers.Real):
-        value = wanted(value)
-        if math.isfinite(value):
-            return value
+        # What float32 cannot hold is infinite for the model, and an int64 is the largest whole number of arrays.
+        if wanted is int and abs(int(value)) < 2**63:
+            return int(value)
+        if wanted is float and abs(value) < 2**128 and math.isfinite(value):
+            return float(value)
     raise InputError(f'{name}={value!r} must be {_TYPE_NAMES[wanted]}')
+
+
+def _is_within(value: Any, field: dataclasses.Field) -> bool:
+    """Whether a value of the right type is one that its key may have."""
+    if isinstance(value, str):
+        choices = field.metadata['choices']
+        return value in choices if choices else bool(value) or value == field.default
+    tests = {'least': operator.ge, 'above': operator.gt, 'most': operator.le, 'below': operator.lt}
+    return all(tests[word](value, bound) for word, bound in field.metadata['bounds'].items())
+
+
+def _range(field: dataclasses.Field) -> str:
+    """What a key may be, in words: 'at least 0 and below 1'."""
+    if field.metadata['choices']:
+        return f'one of {", ".join(field.metadata["choices"])}'
+    if _plain_type(field.type) is str:
+        return 'a text that is not empty'
+    words = {'least': 'at least', 'above': 'above', 'most': 'at most', 'below': 'below'}
+    return ' and '.join(f'{words[word]} {bound}' for word, bound in field.metadata['bounds'].items())
 
 
 def _plain_type(annotation: Any) -> type:

@@ -3,8 +3,8 @@
     python -m gpt_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
 
 The same command again resumes where the run stopped. configs/base.py describes every key;
---config=configs/gpt3.py:1.3b passes a config its argument. Ctrl-C and SIGTERM save and exit (130, 143). On several
-hosts the same command runs on each, with --distributed; jax finds the others by itself on TPU pods, SLURM and the like,
+--config=configs/gpt3.py:1.3b passes a config its argument. Ctrl-C, SIGTERM and SIGHUP save and exit (130, 143, 129).
+On several hosts the same command runs on each, with --distributed; jax finds the others by itself on TPU pods, SLURM and the like,
 elsewhere name them with --coordinator, --num_processes and --process_id.
 """
 
@@ -37,6 +37,7 @@ def main() -> int:
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     workdir = WORKDIR.value or f'runs/{_config_name()}'
     result = train(config, workdir, sample=sample_text)
+    cli.discard_output()  # where nobody reads it any more: the run is well and ends well
     return 0 if result.signal is None else 128 + result.signal
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import types
 
@@ -12,12 +13,14 @@ import pytest
 from gpt_jax.config import (
     FIELDS,
     FORMAT,
+    SECTIONS,
     WEIGHTS_KEYS,
     as_dict,
     as_record,
     base,
     differing_keys,
     help_text,
+    parse,
     prefer_overrides,
     read_record,
 )
@@ -102,8 +105,8 @@ def test_two_lengths_on_the_command_line_contradict_each_other(tiny_config):
         ({'train.epochs': 1.0}, 'train.steps=6 and train.epochs=1.0: only one of them may be set'),
         ({'schedule.warmup_tokens': 9}, 'schedule.warmup_steps=2 and schedule.warmup_tokens=9: only one'),
         ({'schedule.decay_tokens': 9, 'schedule.decay_steps': 9}, 'schedule.decay_steps=9 and schedule.decay_tokens=9'),
-        ({'train.steps': 0}, 'train.steps=0 must be positive'),
-        ({'schedule.warmup_steps': -1}, 'schedule.warmup_steps=-1 must be positive'),
+        ({'train.steps': 0}, 'train.steps=0 must be at least 1 and at most 2147483646'),
+        ({'schedule.warmup_steps': -1}, 'schedule.warmup_steps=-1 must be at least 0'),
         ({'train.batch_size': 0}, 'train.batch_size=0 must be at least 1'),
         ({'train.accumulation_steps': 0}, 'train.accumulation_steps=0 must be at least 1'),
         ({'train.accumulation_steps': 5}, 'train.batch_size=16 is not divisible by train.accumulation_steps=5'),
@@ -111,12 +114,12 @@ def test_two_lengths_on_the_command_line_contradict_each_other(tiny_config):
         ({'eval.batch_size': 0}, 'eval.batch_size=0 must be at least 1'),
         ({'preview.max_new_tokens': 0}, 'preview.max_new_tokens=0 must be at least 1'),
         ({'preview.temperature': 0.0}, 'preview.temperature=0.0 must be above 0'),
-        ({'preview.top_k': -1}, 'preview.top_k=-1 must be at least 1, or 0 for all tokens'),
+        ({'preview.top_k': -1}, 'preview.top_k=-1 must be at least 0'),
         ({'checkpoint.keep_latest': 0}, 'checkpoint.keep_latest=0 must be at least 1'),
         ({'model.d_model': 33}, 'model.d_model=33 is not divisible by model.n_head=2'),
         ({'model.dropout': 1.0}, 'must be at least 0 and below 1'),
         ({'model.n_layer': None}, 'model.n_layer is unset: give it, or a model.preset'),
-        ({'model.version': 'gpt4'}, "model.version='gpt4' must be gpt2 or gpt3"),
+        ({'model.version': 'gpt4'}, "model.version='gpt4' must be one of gpt2, gpt3"),
         ({'model.preset': 'gpt2-tiny'}, "model.preset='gpt2-tiny' is not one of gpt2-small"),
         ({'model.version': 'gpt3', 'model.preset': 'gpt2-xl'}, "model.preset='gpt2-xl' is not a size of GPT-3"),
         ({'precision.compute': 'f16'}, "precision.compute='f16' must be one of f32, bf16, fp16"),
@@ -127,6 +130,88 @@ def test_an_experiment_that_cannot_be_is_named_in_one_line(resolved, changes, me
         resolved(changes)
     assert message in str(error.value)
     assert '\n' not in str(error.value)
+
+
+IMPOSSIBLE = {
+    'optimizer.learning_rate': (0.0, -1.0, math.nan, math.inf, 1e39),
+    'optimizer.beta1': (-0.1, 1.0, 1 - 1e-9),  # the last one is 1 in float32
+    'optimizer.beta2': (-0.1, 1.0, 2.0),
+    'optimizer.epsilon': (0.0, -1e-8, 1e-46),  # the last one is 0 in float32
+    'optimizer.weight_decay': (-1.0,),
+    'optimizer.clip_norm': (-1.0, math.nan),
+    'schedule.warmup_epochs': (-1.0,),
+    'schedule.decay_steps': (0, -5),
+    'schedule.final_fraction': (2.0, -0.1),
+    'train.epochs': (0.0, -1.0, math.inf),
+    'train.steps': (0, 2**31 - 1, 10**30),
+    'train.seed': (-1, 2**32, 2**64),
+    'eval.every_steps': (-1,),
+    'checkpoint.every_steps': (-500,),
+    'checkpoint.keep_best': (-1,),
+    'preview.every_steps': (-1,),
+    'preview.max_new_tokens': (0, 10**12),
+    'mesh.fsdp': (-2,),
+    'model.n_layer': (0, 10**9),
+    'model.d_model': (0, 2**40),
+    'model.mlp_expansion': (0, 10**12),
+    'model.layer_norm_epsilon': (0.0, -1e-5, math.nan),
+    'model.attention_dropout': (-0.1, 1.0),
+    'model.remat': ('some', ''),
+    'data.path': ('',),
+    'data.mixture': ('',),
+    'data.corpus': ('',),
+    'data.tokenizer': ('',),
+    'data.cache_dir': ('',),
+    'data.documents': ('line',),
+    'data.num_workers': (0, 10**9),
+    'data.validation_fraction': (0.0, 1.0, math.nan),
+    'train.init_from': ('',),
+}
+
+
+@pytest.mark.parametrize(('name', 'value'), [(name, value) for name, values in IMPOSSIBLE.items() for value in values])
+def test_what_cannot_be_meant_is_refused_by_name_from_every_entrance(tiny_config, name, value):
+    section, key = name.split('.')
+    settings = tiny_config().to_dict()
+    settings[section][key] = value
+    cls = SECTIONS[section]
+    for entrance in (
+        lambda: parse(settings),
+        lambda: parse(ml_collections.ConfigDict(settings)),
+        lambda: cls(**settings[section]),
+    ):
+        with pytest.raises(InputError) as error:
+            entrance()
+        assert f'{name}={value!r} must be ' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('section', 'name', 'field'), FIELDS, ids=lambda value: value if isinstance(value, str) else ''
+)
+def test_every_key_takes_the_ends_of_its_range_and_nothing_beyond(section, name, field):
+    bounds, given = field.metadata['bounds'], SECTIONS[section]().__dict__
+    is_whole = 'int' in str(field.type)
+
+    def takes(value):
+        try:
+            return getattr(SECTIONS[section](**given | {name: value}), name) == value
+        except InputError:
+            return False
+
+    def beyond(value, direction):
+        return value + direction if is_whole else math.nextafter(value, direction * math.inf)
+
+    for word, bound in bounds.items():
+        outwards = -1 if word in ('least', 'above') else 1
+        assert takes(bound) == (word in ('least', 'most'))
+        assert not takes(beyond(bound, outwards))
+        assert takes(beyond(bound, -outwards))
+    if field.metadata['choices']:
+        assert all(takes(choice) for choice in field.metadata['choices'])
+        assert not takes('something else')
+    assert field.default is None or takes(field.default)
+    # A number without any bound is one that nobody thought of.
+    assert bounds or not ({'int', 'float'} & set(str(field.type).replace('|', ' ').split()))
 
 
 def test_an_unknown_key_or_section_is_named(tiny_config):

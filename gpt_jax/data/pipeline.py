@@ -129,7 +129,6 @@ def prepare(
       InputError: the mixture cannot be read or names what is no corpus and no file, a corpus or the tokenizer cannot be
         had, the cache cannot be written, or files in it are damaged.
     """
-    config.check()
     if config.mixture is not None and config.path is not None:
         raise InputError(f'data.path={config.path} beside data.mixture={config.mixture}: name the file in the mixture')
     if config.mixture is None:

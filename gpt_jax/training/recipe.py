@@ -244,7 +244,6 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'PretrainedWeights |
     run = parse(settings)
     model_config(run, run.model.vocab_size or 1)
     run.check()
-    run.data.check()
     return given if run == given else run
 
 

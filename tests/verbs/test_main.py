@@ -93,7 +93,7 @@ def test_the_workdir_is_by_default_named_after_the_config(verb, config, monkeypa
     ('arguments', 'message'),
     [
         ([], '--config is missing; try --config=configs/quickstart.py'),
-        (['--config=configs/missing.py'], '--config=configs/missing.py cannot be opened'),
+        (['--config=configs/missing.py'], '--config=configs/missing.py cannot be read (No such file'),
         (['--config=configs/gpt3.py:4b'], "there is no size '4b'"),
         (['--confg=configs/smoke.py'], "Unknown command line flag 'confg'"),
         (['CONFIG', 'extra'], "unexpected argument 'extra'"),
