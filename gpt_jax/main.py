@@ -4,8 +4,8 @@
 
 The same command again resumes where the run stopped. configs/base.py describes every key;
 --config=configs/gpt3.py:1.3b passes a config its argument. Ctrl-C, SIGTERM and SIGHUP save and exit (130, 143, 129).
-On several hosts the same command runs on each, with --distributed; jax finds the others by itself on TPU pods, SLURM and the like,
-elsewhere name them with --coordinator, --num_processes and --process_id.
+On several hosts the same command runs on each, with --distributed; jax finds the others by itself on TPU pods, SLURM
+and the like, elsewhere name them with --coordinator, --num_processes and --process_id.
 """
 
 import pathlib

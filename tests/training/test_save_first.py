@@ -27,8 +27,14 @@ def test_a_run_goes_on_without_what_only_shows_it(tiny_config, tmp_path, monkeyp
     monkeypatch.setattr(trainer, 'plot_loss', fail)
     monkeypatch.setattr(logs.SampleLog, 'write', fail)
     monkeypatch.setattr(logs._TensorBoard, 'write', fail)
-    samples = iter([fail, lambda *_, **__: 'text'])
-    result = train(tiny_config(), tmp_path, sample=lambda *arguments, **keywords: next(samples)(*arguments, **keywords))
+    samples = iter([RuntimeError('what only shows'), 'text'])
+
+    def sample(*_, **__):
+        if isinstance(made := next(samples), Exception):
+            raise made
+        return made
+
+    result = train(tiny_config(), tmp_path, sample=sample)
     assert (result.step, max(checkpoints(tmp_path))) == (6, 6)
     lines = capsys.readouterr().err.splitlines()
     what = [
