@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 
 from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, latest_meta, load
-from gpt_jax.config import RunConfig, as_record, parse
+from gpt_jax.config import RunConfig, as_record, parse, read_record
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, attention_kernels
@@ -34,7 +34,14 @@ from gpt_jax.training.logs import (
     read_rows,
     surviving,
 )
-from gpt_jax.training.optimizer import lengths, make_optimizer, make_schedule
+from gpt_jax.training.optimizer import (
+    Lengths,
+    check_rates,
+    lengths,
+    make_optimizer,
+    make_schedule,
+    resumed_lengths,
+)
 from gpt_jax.training.recipe import find_initial_weights, model_config, resolve
 from gpt_jax.training.step import (
     Batch,
@@ -179,10 +186,12 @@ class Trainer:
         if recorded is not None:
             _check_same_data(self.data, recorded, workdir)
         self.lengths = lengths(run, sum((len(source.tokens) - 1) // run.model.block_size for source in self.data.train))
+        # The schedules that earlier steps followed, each with the step at which another took its place.
+        self._earlier_schedules = list((recorded or {}).get('earlier_schedules', ()))
         if recorded is not None:
-            # A run whose length is changed keeps the schedule it began with.
-            kept = {name: recorded['lengths'][name] for name in ('warmup', 'decay')}
-            self.lengths = dataclasses.replace(self.lengths, **kept)
+            self._go_on_with_lengths(recorded)
+        if self.start < self.lengths.total and (notice := check_rates(run, self.lengths, self.start)):
+            self.say(notice)
         self.schedule = make_schedule(run, self.lengths)
         self.optimizer = make_optimizer(run.optimizer, self.schedule)
         self.model = GPT(model_config(run, self.data.tokenizer.vocab_size))
@@ -191,6 +200,23 @@ class Trainer:
         self.val_loss: float | None = None
         self._tokens_per_step = run.train.batch_size * run.model.block_size
         self._separator = self.data.tokenizer.end_of_text if run.data.mask_documents else None
+
+    def _go_on_with_lengths(self, recorded: dict[str, Any]) -> None:
+        """Sets the lengths of a resumed run, whose schedule goes on or is replaced from here on.
+
+        Raises:
+          InputError: the schedule of steps that were taken is another one.
+        """
+        run_before = read_record(recorded['config'], 'the checkpoint of this run')
+        before = Lengths(**recorded['lengths'])
+        self.lengths, is_new = resumed_lengths(self._run, self.lengths, run_before, before, self.start)
+        if is_new and self.start < self.lengths.total:
+            ended = {'until': self.start, 'warmup': before.warmup, 'decay': before.decay}
+            self._earlier_schedules.append(ended | {'final_fraction': run_before.schedule.final_fraction})
+            self.say(
+                f'schedule: another one from step {self.start + 1} on, its decay ends at step {self.lengths.decay}; '
+                f'that of the steps before ended at step {before.decay}'
+            )
 
     def is_finished(self) -> bool:
         """Whether all steps are taken, and what follows the last one is done."""
@@ -458,6 +484,7 @@ class Trainer:
             'tokenizer_fingerprint': self.data.tokenizer.fingerprint,
             'data_fingerprint': self.data.fingerprint,
             'lengths': dataclasses.asdict(self.lengths),
+            'earlier_schedules': self._earlier_schedules,
             'init_from': self._init_from,
         }
 

@@ -12,7 +12,7 @@ from gpt_jax.errors import InputError
 from gpt_jax.training.logs import MetricsLog, SampleLog, plot_loss, read_rows
 
 STEPS = range(1, 13)
-QUICKLY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICKLY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def metrics_text():
