@@ -77,7 +77,7 @@ MOST_STEPS = 2**31 - 2
 MOST_IDS = 2**31 - 1
 # Far beyond any model's, so that a slip of the keyboard does not keep a machine busy; whether a model fits a machine is
 # asked before it is built.
-MOST_LAYERS, MOST_WIDTH, MOST_EXPANSION = 10_000, 2**24, 1024
+MOST_LAYERS, MOST_WIDTH, MOST_EXPANSION = 1000, 2**24, 1024
 # Below it float32 has no whole precision, and processors take it for 0.
 LEAST_EPSILON = 1e-37
 # What is nearer to 1 is 1 in float32, and Adam then divides by 1 - 1.
@@ -452,10 +452,11 @@ def _checked(name: str, value: Any, annotation: Any) -> Any:
             return value
     elif not isinstance(value, bool) and isinstance(value, numbers.Integral if wanted is int else numbers.Real):
         # What float32 cannot hold is infinite for the model, and an int64 is the largest whole number of arrays.
-        if wanted is int and abs(int(value)) < 2**63:
-            return int(value)
-        if wanted is float and abs(value) < 2**128 and math.isfinite(value):
-            return float(value)
+        if abs(value) < (2**63 if wanted is int else 2**128):
+            return wanted(value)
+        if abs(value) < math.inf:
+            held = 'int64' if wanted is int else 'float32'
+            raise InputError(f'{name}={value!r} must be {_TYPE_NAMES[wanted]} that {held} holds')
     raise InputError(f'{name}={value!r} must be {_TYPE_NAMES[wanted]}')
 
 

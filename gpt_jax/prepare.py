@@ -8,12 +8,14 @@ does the third of sixteen shares; where the machines share no folder, copy all f
 --inspect looks at prepared data and verifies it; it exits with 1 where a file is damaged.
 """
 
+import dataclasses
 import re
 
 from absl import flags
 from ml_collections import config_flags
 
 from gpt_jax import cli
+from gpt_jax.config import parse
 from gpt_jax.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
@@ -30,12 +32,12 @@ def main() -> int:
         for line in inspect(INSPECT.value):
             print(line)
         return 0
-    config = cli.read_experiment(CONFIG)
-    settings, tokenizer = config.data.to_dict(), None
-    if config.train.init_from is not None:
+    run, tokenizer = parse(cli.read_experiment(CONFIG)), None
+    settings = dataclasses.asdict(run.data)
+    if run.train.init_from is not None:
         from gpt_jax.training.recipe import find_initial_weights
 
-        tokenizer = find_initial_weights(config.train.init_from).tokenizer
+        tokenizer = find_initial_weights(run.train.init_from).tokenizer
         settings['tokenizer'] = settings['tokenizer'] or tokenizer.kind
     if NUM_WORKERS.value is not None:
         settings['num_workers'] = NUM_WORKERS.value

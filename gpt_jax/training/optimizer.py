@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from gpt_jax.config import LENGTHS, OptimizerConfig, RunConfig
+from gpt_jax.config import LENGTHS, MOST_STEPS, OptimizerConfig, RunConfig
 from gpt_jax.errors import InputError
 from gpt_jax.parallel.sharding import path_name
 
@@ -36,7 +36,7 @@ def lengths(run: RunConfig, windows_per_epoch: int) -> Lengths:
       windows_per_epoch: training sequences of block_size tokens in the corpus.
 
     Raises:
-      InputError: the warmup is not shorter than the decay.
+      InputError: the warmup is not shorter than the decay, or the run longer than int32 can count.
     """
     tokens_per_step = run.train.batch_size * run.model.block_size
 
@@ -50,6 +50,11 @@ def lengths(run: RunConfig, windows_per_epoch: int) -> Lengths:
         return None
 
     total = steps(run.train)
+    if total > MOST_STEPS:
+        raise InputError(
+            f'train.tokens={run.train.tokens} or train.epochs={run.train.epochs} makes {total:,} steps of '
+            f'{tokens_per_step:,} tokens; at most {MOST_STEPS:,} can be counted'
+        )
     warmup = steps(run.schedule, 'warmup_') or 0
     decay = steps(run.schedule, 'decay_') or total
     if warmup >= decay > 1 or (decay == 1 and warmup > 1):
@@ -125,12 +130,18 @@ def make_schedule(config: RunConfig, lengths: Lengths) -> optax.Schedule:
     Linear from peak / warmup to the peak (the first step learns already), a cosine from there to
     `final_fraction` x peak at `lengths.decay`, constant after it (GPT-3, appendix B; GPT-1, section 4.1).
     """
+
+    def countable(steps: int) -> int | float:
+        """A length that no run comes to, such as GPT-3's 260 billion tokens in tiny batches, is no int32."""
+        return steps if steps <= MOST_STEPS else float(steps)
+
     peak = config.optimizer.learning_rate
-    cosine = optax.cosine_decay_schedule(peak, lengths.decay - lengths.warmup, config.schedule.final_fraction)
-    if not lengths.warmup:
+    decay, warmup = countable(lengths.decay - lengths.warmup), lengths.warmup
+    cosine = optax.cosine_decay_schedule(peak, decay, config.schedule.final_fraction)
+    if not warmup:
         return cosine
-    warmup = optax.linear_schedule(peak / lengths.warmup, peak, max(lengths.warmup - 1, 1))
-    return optax.join_schedules([warmup, cosine], [lengths.warmup])
+    linear = optax.linear_schedule(peak / warmup, peak, countable(max(warmup - 1, 1)))
+    return optax.join_schedules([linear, cosine], [countable(warmup)])
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -13,8 +13,11 @@ from jax.sharding import Mesh
 
 from gpt_jax.config import RunConfig
 from gpt_jax.errors import InputError
-from gpt_jax.models import GPT
+from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import activate, batch_sharding, constrain, replicated, tree_shardings
+from gpt_jax.parallel.devices import GIB, memory_bytes
+
+F32 = 4
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -248,3 +251,34 @@ def check_mesh(run: RunConfig, sizes: Mapping[str, int]) -> None:
         )
     if run.eval.batch_size is not None and run.eval.batch_size % rows:
         raise InputError(f'eval.batch_size={run.eval.batch_size} is not divisible by {where}; choose a multiple')
+
+
+def check_memory(run: RunConfig, config: GPTConfig, mesh: Mesh) -> None:
+    """Raises InputError, with the numbers, where a run cannot fit its devices whatever the compiler does.
+
+    Counted is what no setting avoids: parameters, their gradients and AdamW's two moments in float32, split over fsdp
+    and tensor; the input of each layer, which even remat='full' keeps; the tokens and targets of a batch. A run that
+    passes may still need more: `python -m gpt_jax.plan` estimates all of it.
+    """
+    limit = memory_bytes(mesh.devices.flat[0])
+    if limit is None:
+        return
+    sizes, train = mesh.shape, run.train
+    rows = sizes['data'] * sizes['fsdp']
+    state = 4 * F32 * config.num_parameters / (sizes['fsdp'] * sizes['tensor'])
+    tokens = train.batch_size // train.accumulation_steps / rows * config.block_size / sizes['context']
+    inputs = tokens * config.d_model * config.n_layer * config.dtype.dtype.itemsize
+    batches = 2 * 4 * train.batch_size / rows * config.block_size / sizes['context']
+    evaluated = (run.eval.batch_size or 0) / rows * config.block_size * config.d_model * config.dtype.dtype.itemsize
+    needed = state + max(inputs, evaluated) + batches
+    if needed > limit:
+        which = (
+            f'eval.batch_size={run.eval.batch_size}' if evaluated > inputs else f'train.batch_size={train.batch_size}'
+        )
+        raise InputError(
+            f'this run needs at least {needed / GIB:,.1f} GiB on each device, which has {limit / GIB:,.1f}: '
+            f'{state / GIB:,.1f} for {config.num_parameters:,} parameters with gradients and AdamW, '
+            f'{(needed - state) / GIB:,.1f} for the inputs of {config.n_layer} layers of width {config.d_model} on '
+            f'{which} sequences of {config.block_size} tokens; make these smaller, or raise train.accumulation_steps '
+            'or mesh.fsdp'
+        )

@@ -47,6 +47,7 @@ from gpt_jax.training.step import (
     Batch,
     TrainState,
     abstract_state,
+    check_memory,
     check_mesh,
     init_state,
     make_eval_step,
@@ -182,6 +183,7 @@ class Trainer:
         self._init_from = (recorded or {}).get('init_from')
         self.mesh = make_mesh(run.mesh)
         check_mesh(run, self.mesh.shape)
+        check_memory(run, model_config(run, run.model.vocab_size or 1), self.mesh)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         if recorded is not None:
             _check_same_data(self.data, recorded, workdir)

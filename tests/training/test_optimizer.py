@@ -162,3 +162,22 @@ def test_the_reference_itself_tells_the_orders_apart():
     unclipped = dataclasses.replace(config, clip_norm=0.0)
     clipped = numpy_adamw(params, twice, config, [0.1] * 2, set())['wte']
     assert not np.allclose(clipped, numpy_adamw(params, twice, unclipped, [0.1] * 2, set())['wte'])
+
+
+@pytest.mark.parametrize(('warmup', 'decay'), [(0, 4 * 10**10), (2, 4 * 10**10), (3 * 10**10, 4 * 10**10)])
+def test_lengths_beyond_int32_follow_the_same_formula(run, warmup, decay):
+    """GPT-3's schedule of 260 billion tokens, in batches of a few: no run comes to its end."""
+    experiment = run({'optimizer.learning_rate': 1.0, 'schedule.final_fraction': 0.1})
+    schedule = make_schedule(experiment, Lengths(10, warmup, decay))
+    for step in (0, 1, 5, 2**30, 2**31 - 2):
+        if step < warmup:
+            expected = (step + 1) / warmup
+        else:
+            expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (decay - warmup))) / 2
+        assert float(schedule(jnp.int32(step))) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_a_run_that_no_counter_holds_is_refused(run):
+    unset = {'train.steps': None, 'train.tokens': 9 * 10**18}
+    with pytest.raises(InputError, match=r'train\.tokens=9000000000000000000 .* at most 2,147,483,646 can be counted'):
+        lengths(run(unset), 100)

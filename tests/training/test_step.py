@@ -1,3 +1,4 @@
+import os
 import types
 
 import jax
@@ -6,7 +7,12 @@ import numpy as np
 import pytest
 
 from gpt_jax.data import document_positions
-from gpt_jax.training.step import CPU_OPTIONS, compiler_options, make_eval_step
+from gpt_jax.errors import InputError
+from gpt_jax.parallel import MeshConfig, devices, make_mesh
+from gpt_jax.parallel.devices import memory_bytes
+from gpt_jax.training import resolve
+from gpt_jax.training.recipe import model_config
+from gpt_jax.training.step import CPU_OPTIONS, check_memory, compiler_options, make_eval_step
 
 
 def numpy_losses(model, params, batch):
@@ -199,3 +205,42 @@ def test_the_compiler_options_are_those_of_the_devices_of_the_mesh(lab):
     absent = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform='tpu')]))
     assert compiler_options(absent) is None
     assert compiler_options(lab().mesh) == compiler_options() == CPU_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'model.d_model': 2**22, 'model.n_head': 1}, r'needs at least .* GiB on each device, .* parameters'),
+        ({'train.batch_size': 10**8}, 'layers of width 32 on train.batch_size=100000000 sequences'),
+        ({'eval.batch_size': 10**9}, 'on eval.batch_size=1000000000 sequences of 32 tokens'),
+        ({'model.block_size': 10**9}, 'sequences of 1000000000 tokens'),
+        ({'model.vocab_size': 2 * 10**9}, 'parameters with gradients and AdamW'),
+    ],
+)
+def test_what_no_device_here_holds_is_refused_with_the_numbers(tiny_config, changes, message):
+    run = resolve(tiny_config(changes))
+    with pytest.raises(InputError, match=message):
+        check_memory(run, model_config(run, 512), make_mesh(MeshConfig()))
+
+
+def test_what_fits_is_not_refused(tiny_config):
+    run = resolve(tiny_config({'train.accumulation_steps': 2}))
+    check_memory(run, model_config(run, 512), make_mesh(MeshConfig()))
+
+
+def test_memory_is_asked_of_the_device_or_its_host():
+    host = memory_bytes(jax.devices()[0]) * jax.local_device_count()
+    assert 2**28 < host <= os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    gpu = types.SimpleNamespace(platform='gpu', device_kind='NVIDIA H200', memory_stats=lambda: {'bytes_limit': 12})
+    assert memory_bytes(gpu) == 12
+    gpu.memory_stats = lambda: None
+    assert memory_bytes(gpu) == 141 * 10**9
+    gpu.device_kind = 'unheard of'
+    assert memory_bytes(gpu) is None
+
+
+def test_a_container_has_what_it_may_have(monkeypatch, tmp_path):
+    (tmp_path / 'max').write_text('max\n')
+    (tmp_path / 'limit').write_text(f'{2**30}\n')
+    monkeypatch.setattr(devices, 'CGROUP_LIMITS', (tmp_path / 'max', tmp_path / 'none', tmp_path / 'limit'))
+    assert memory_bytes(jax.devices()[0]) == 2**30 // jax.local_device_count()

@@ -121,14 +121,6 @@ def test_what_cannot_be_is_one_line_and_status_1(refused, config, tmp_path, argu
     assert message in refused('main', f'--workdir={tmp_path / "run"}', *arguments)
 
 
-def test_a_config_file_that_fails_is_one_line(refused, tmp_path):
-    path = tmp_path / 'broken.py'
-    path.write_text('def get_config():\n    return 1 / 0\n', encoding='utf-8')
-    assert 'division by zero' in refused('main', f'--config={path}', f'--workdir={tmp_path / "run"}')
-    path.write_text('def get_config(:\n', encoding='utf-8')
-    assert 'SyntaxError' in refused('main', f'--config={path}', f'--workdir={tmp_path / "run"}')
-
-
 def test_an_empty_corpus_is_named(refused, config, tmp_path):
     (tmp_path / 'empty.txt').touch()
     message = refused('main', config, f'--config.data.path={tmp_path / "empty.txt"}', f'--workdir={tmp_path / "run"}')

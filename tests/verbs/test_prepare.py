@@ -51,7 +51,10 @@ def test_the_pieces_of_several_machines_make_the_whole(verb, arguments, tmp_path
         (['--config.data.invalid_bytes=keep'], "data.invalid_bytes='keep' must be one of refuse, replace"),
         (['--config.data.validation_fraction=1.0'], 'data.validation_fraction=1.0 must be above 0'),
         (['--config.data.path=/nowhere.txt'], 'data.path=/nowhere.txt: no such file'),
-        (['--config.data.path=None', '--config.data.corpus=hub:nothing'], 'data.corpus=hub:nothing: write hub:OWNER/NAME'),
+        (
+            ['--config.data.path=None', '--config.data.corpus=hub:nothing'],
+            'data.corpus=hub:nothing: write hub:OWNER/NAME',
+        ),
         (['--inspect=/nowhere'], '--inspect=/nowhere: no finished data there'),
         (['--config.data.streamin=True'], 'did you mean streaming?'),
     ],
