@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import jax
 
 from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, latest_meta, load
-from gpt_jax.config import RunConfig, as_record, parse, read_record
+from gpt_jax.checkpoints.finding import describe_save
+from gpt_jax.config import RunConfig, as_dict, as_record, parse, read_record
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, attention_kernels
-from gpt_jax.parallel import global_batch, make_mesh, tree_shardings
+from gpt_jax.parallel import global_batch, make_mesh, processes, tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
 from gpt_jax.training.logs import (
@@ -111,13 +112,15 @@ def train(
     Raises:
       InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
     """
-    with workdirs.locked(pathlib.Path(workdir).expanduser()) as workdir:
+    processes.check_alike(_own(parse(config), workdir))
+    with workdirs.locked(pathlib.Path(workdir).expanduser()) as workdir, processes.ended_together():
         recorded = latest_meta(workdir / 'checkpoints')
         path = parse(config).train.init_from
         weights = None if path is None else find_initial_weights(path, recorded)
         run = resolve(config, weights)
         workdirs.check(workdir, run)
-        with Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best) as checkpoints:
+        checkpoints = Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best)
+        with checkpoints, processes.ended_together():
             trainer = Trainer(run, workdir, weights, recorded, checkpoints, sample)
             if trainer.is_finished():
                 trainer.say(f'finished already, at step {trainer.start}; nothing to do. {trainer.how_to_generate()}')
@@ -185,6 +188,12 @@ class Trainer:
         check_mesh(run, self.mesh.shape)
         check_memory(run, model_config(run, run.model.vocab_size or 1), self.mesh)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
+        alike = {
+            'data': self.data.fingerprint,
+            'tokenizer': self.data.tokenizer.fingerprint,
+            'resuming from': self.start,
+        }
+        processes.check_alike(alike)
         if recorded is not None:
             _check_same_data(self.data, recorded, workdir)
         self.lengths = lengths(run, sum((len(source.tokens) - 1) // run.model.block_size for source in self.data.train))
@@ -518,6 +527,22 @@ class Trainer:
             f'{numbers} at step {step} is not finite; {kept}; '
             'lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision.compute=f32'
         )
+
+
+# Where a process finds its data: hosts may have them in different places.
+_OF_A_HOST = ('data.path', 'data.cache_dir', 'data.num_workers')
+
+
+def _own(given: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by name."""
+    keys = {f'{section}.{name}': value for section, keys in as_dict(given).items() for name, value in keys.items()}
+    versions = {f'version of {name}': version for name, version in describe_save(0)['versions'].items()}
+    return {
+        **{name: value for name, value in keys.items() if name not in _OF_A_HOST},
+        'workdir': str(workdir),
+        'devices of each process': jax.local_device_count(),
+        **versions,
+    }
 
 
 def _check_same_data(data: TrainingData, recorded: dict[str, Any], workdir: pathlib.Path) -> None:
