@@ -5,6 +5,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import Any, BinaryIO, NoReturn
 
 import platformdirs
 
@@ -210,8 +211,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def appending(path: str | os.PathLike) -> TextIO:
-    """A text file (UTF-8) to add lines to, made where it is missing; never through a link, nor to anything but a file.
+def appending(path: str | os.PathLike) -> io.FileIO:
+    """An unbuffered file to add bytes to, made where it is missing; never through a link, nor to anything but a file.
 
     Raises:
       WriteError: it cannot be opened so.
@@ -224,7 +225,7 @@ def appending(path: str | os.PathLike) -> TextIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _write_error(path, OSError(errno.EINVAL, 'it is no regular file'), 'move it away')
-    return os.fdopen(descriptor, 'a', encoding='utf-8')
+    return io.FileIO(descriptor, 'a')
 
 
 def remove_leftovers(paths: Iterable[pathlib.Path]) -> None:

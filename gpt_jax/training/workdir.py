@@ -43,7 +43,9 @@ def check(workdir: pathlib.Path, run: RunConfig) -> None:
         raise InputError(f'{error}; choose another --workdir, or restore that file') from None
     if not isinstance(recorded, dict):
         raise InputError(f'{path} holds no experiment; choose another --workdir, or restore that file')
-    if lines := differing_keys(recorded, run, str(path)):
+    # Of a schedule the rates count, of the steps that were taken: `optimizer.resumed_lengths` compares them.
+    lines = [line for line in differing_keys(recorded, run, str(path)) if not line.startswith('schedule.')]
+    if lines:
         raise InputError(
             f'--workdir={workdir} holds a run of another config ({"; ".join(lines)}); '
             'choose another --workdir or give these keys their old values'

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import grain  # noqa: F401 - its flags are not the verb's, which are taken away again after each test
 import pytest
 
 from gpt_jax.config import help_text
