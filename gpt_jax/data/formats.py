@@ -34,12 +34,12 @@ ENDLESS = 2**62  # where a compressed file ends is not known before it was read
 BOM = codecs.BOM_UTF8
 COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
 MAGICS = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd'}
-LINES = ('.jsonl', '.ndjson', '.jsonlines')  # a name that ends so promises JSON lines; .json promises less
+LINES = ('.jsonl', '.ndjson', '.jsonlines', '.ldjson')  # a name that ends so promises JSON lines; .json promises less
 # No text begins so, or hardly any: what it is then, which is more than "not UTF-8" says.
 NO_TEXT = {
     b'%PDF-': 'PDF',
     b'PK\x03\x04': 'a zip archive, as .docx, .xlsx and .npz are',
-    b'BZh91AY&SY': 'compressed by bzip2',
+    **{b'BZh%d1AY&SY' % level: 'compressed by bzip2' for level in range(1, 10)},
     b'\xfd7zXZ\x00': 'compressed by xz',
     b'\x04"M\x18': 'compressed by lz4',
     b'7z\xbc\xaf\x27\x1c': 'a 7-zip archive',

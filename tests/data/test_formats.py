@@ -1,5 +1,6 @@
 """What a file is follows from its content; what it holds does not depend on how it is packed."""
 
+import bz2
 import codecs
 import gzip
 import hashlib
@@ -133,6 +134,7 @@ BAD = {
     'UTF-16 unmarked little': ('a.jsonl', ('hello ' * 9).encode('utf-16-le'), 'iconv -f UTF-16LE -t UTF-8'),
     'UTF-32': ('a.txt', 'hello'.encode('utf-32'), 'is UTF-32'),
     'PDF': ('a.txt', b'%PDF-1.7 ...', 'is PDF, not text'),
+    'bzip2': ('a.jsonl.bz2', bz2.compress(LINES, 3), 'is compressed by bzip2'),
     'zip': ('a.jsonl', b'PK\x03\x04....', 'is a zip archive'),
     'LFS': ('a.parquet', b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n', 'git lfs pull'),
     'one object': ('a.json', b'{\n "text": "x"\n}', 'neither an object a line nor one array of objects'),
