@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax.config import FIELDS, help_text
 from gpt_jax.errors import InputError, first_line
-from gpt_jax.files import cache_folder, check_regular, check_writable
+from gpt_jax.files import WriteError, cache_folder, check_regular, check_writable
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -202,7 +202,7 @@ def _help(doc: str, key_flags: Sequence[str]) -> str:
 
 def _quieten() -> None:
     """Libraries report what a user can do nothing about; our own lines are enough."""
-    for name in ('absl', 'orbax', 'grain'):
+    for name in ('absl', 'orbax', 'grain', 'matplotlib'):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -217,8 +217,12 @@ def use_compilation_cache() -> None:
     if folder and '://' not in folder:  # jax itself knows object storage
         try:
             check_writable(folder)
-        except InputError as error:
-            print(f'notice: programs are compiled anew each time: {error}', file=sys.stderr)
+        except WriteError as error:
+            print(
+                f'notice: compiled programs are not kept: {folder} cannot be written ({error.strerror}); '
+                'JAX_COMPILATION_CACHE_DIR names another folder',
+                file=sys.stderr,
+            )
             folder = ''
     jax.config.update('jax_compilation_cache_dir', folder or None)
     # jax's default of one second would leave out most of a small model's programs.

@@ -71,21 +71,13 @@ def orbax_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield link
 
 
-@contextlib.contextmanager
-def no_closed_loops():
-    """Where a write fails, tensorstore tells of each other one that its event loop is closed, in a traceback each."""
-    usual = sys.unraisablehook
+def _not_closed_loops(unraisable: Any, usual: Callable[[Any], None] = sys.unraisablehook) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError) and 'loop is closed' in str(unraisable.exc_value)):
+        usual(unraisable)
 
-    def hook(unraisable: Any) -> None:
-        if not (isinstance(unraisable.exc_value, RuntimeError) and 'loop is closed' in str(unraisable.exc_value)):
-            usual(unraisable)
 
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        if sys.unraisablehook is hook:
-            sys.unraisablehook = usual
+# Where a read or write fails, tensorstore tells of each other one, at any time later, that its event loop is closed.
+sys.unraisablehook = _not_closed_loops
 
 
 # A tree of parameters (jax.ShapeDtypeStruct) -> where each of them goes; or one place for all.
@@ -219,7 +211,7 @@ def stored_shapes(step_folder: pathlib.Path, item: str) -> Any:
     if not (step_folder / item).is_dir():
         return None
     handler = ocp.CompositeCheckpointHandler(**{item: ocp.StandardCheckpointHandler()})
-    with no_closed_loops(), orbax_path(step_folder) as path, ocp.Checkpointer(handler) as checkpointer:
+    with orbax_path(step_folder) as path, ocp.Checkpointer(handler) as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata[item].tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
@@ -260,11 +252,7 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     items = {item: jax.tree.map(placed, tree) for item, tree in items.items()}
     filled = {item: tree for item, tree in items.items() if jax.tree.leaves(tree)}
     handlers = {item: ocp.StandardCheckpointHandler() for item in filled}
-    with (
-        no_closed_loops(),
-        orbax_path(step_folder) as path,
-        ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer,
-    ):
+    with orbax_path(step_folder) as path, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         arguments = {item: ocp.args.StandardRestore(tree) for item, tree in filled.items()}
         restored = checkpointer.restore(path, args=ocp.args.Composite(**arguments))
     return {item: restored[item] if item in filled else tree for item, tree in items.items()}
@@ -317,7 +305,7 @@ def import_huggingface(source: str | os.PathLike, target: str | os.PathLike, mes
         handler = ocp.CompositeCheckpointHandler(params=params_handler, meta=ocp.JsonCheckpointHandler())
         items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
         # orbax puts a folder of its own in the place of this one, whose name is a plain one.
-        with no_closed_loops(), orbax_path(folder.parent) as parent, ocp.Checkpointer(handler) as checkpointer:
+        with orbax_path(folder.parent) as parent, ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(parent / folder.name, args=ocp.args.Composite(**items), force=True)
         verifying.write(folder)
 

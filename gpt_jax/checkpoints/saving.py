@@ -38,7 +38,7 @@ from gpt_jax.checkpoints.finding import (
     val_losses,
     way_out,
 )
-from gpt_jax.checkpoints.loading import check_tree, leaf_name, no_closed_loops, orbax_path, read_items
+from gpt_jax.checkpoints.loading import check_tree, leaf_name, orbax_path, read_items
 from gpt_jax.errors import InputError
 from gpt_jax.files import WriteError, system_error
 
@@ -302,17 +302,14 @@ class Checkpoints:
         return self._orbax
 
     def _finish(self, step: int) -> None:
-        with self._told(step), no_closed_loops():
-            self._finish_save(step)
-
-    def _finish_save(self, step: int) -> None:
-        self._orbax.wait_until_finished()
-        saving = self.folder / f'{SAVING}_{step}'
-        verifying.write(saving)
-        if jax.process_index() == 0:
-            os.rename(saving, self.folder / str(step))
-            for old in self._outdated(step):
-                _remove(self.folder / str(old))
+        with self._told(step):
+            self._orbax.wait_until_finished()
+            saving = self.folder / f'{SAVING}_{step}'
+            verifying.write(saving)
+            if jax.process_index() == 0:
+                os.rename(saving, self.folder / str(step))
+                for old in self._outdated(step):
+                    _remove(self.folder / str(old))
 
     def _outdated(self, saved: int) -> list[int]:
         finished, losses = self.steps(), val_losses(self.folder)

@@ -21,7 +21,7 @@ CHILD = """if True:
     hashed, sha256 = [], verifying.sha256
 
     def counting(path):
-        hashed.append(path.relative_to(folder).as_posix())
+        hashed.append(path.relative_to(folder).as_posix().removeprefix('saving_'))
         return sha256(path)
 
     def lap():
