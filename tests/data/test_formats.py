@@ -95,6 +95,7 @@ TYPES = {
     'binary': pyarrow.binary(),
     'large_binary': pyarrow.large_binary(),
     'binary_view': pyarrow.binary_view(),
+    'json': pyarrow.json_(),
 }
 
 
@@ -112,6 +113,11 @@ def test_a_column_of_text_may_be_of_any_of_arrows_types(tmp_path, name):
 def test_a_column_of_anything_else_is_refused_by_its_type(tmp_path, values):
     pyarrow.parquet.write_table(pyarrow.table({'text': values}), tmp_path / 'a.parquet')
     assert 'data.column=text: of type ' in line(lambda: documents(load(tmp_path / 'a.parquet')))
+
+
+def test_a_column_of_nothing_has_no_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({'text': pyarrow.nulls(3)}), tmp_path / 'a.parquet')
+    assert 'no document has any text' in line(lambda: list(load(tmp_path / 'a.parquet').documents('train')))
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
