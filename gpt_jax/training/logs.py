@@ -432,10 +432,11 @@ def plot_loss(workdir: pathlib.Path) -> None:
         axes.plot(*zip(*validation, strict=True), color='tab:orange', marker='o', markersize=4, label=label)
     axes.set_xlabel('step')
     axes.set_ylabel('loss, nats per token')
-    axes.set_title(workdir.name, parse_math=False)  # a $ is a letter of its name
+    # A name is no formula, may hold bytes that are no text, and letters that the font has no shape for.
+    axes.set_title(workdir.name.encode(errors='replace').decode(), parse_math=False)
     axes.grid(alpha=0.3)
     if training or validation:
         axes.legend()
-    with warnings.catch_warnings(), replacing(workdir / 'loss.png') as file:
-        warnings.filterwarnings('ignore', message='Glyph .* missing from font')  # in its name as well
+    with replacing(workdir / 'loss.png') as file, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')
         figure.savefig(file, format='png', dpi=120)
