@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import IO, Any, BinaryIO, NoReturn
 
 import platformdirs
 
@@ -210,8 +210,10 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def appending(path: str | os.PathLike) -> TextIO:
-    """A text file (UTF-8) to add lines to, made where it is missing; never through a link, nor to anything but a file.
+def appending(path: str | os.PathLike, binary: bool = False) -> IO:
+    """A file to add lines to, made where it is missing; never through a link, nor to anything but a regular file.
+
+    It is a text file (UTF-8), or with `binary` one of bytes, without a buffer.
 
     Raises:
       WriteError: it cannot be opened so.
@@ -224,7 +226,7 @@ def appending(path: str | os.PathLike) -> TextIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _write_error(path, OSError(errno.EINVAL, 'it is no regular file'), 'move it away')
-    return os.fdopen(descriptor, 'a', encoding='utf-8')
+    return os.fdopen(descriptor, 'ab', buffering=0) if binary else os.fdopen(descriptor, 'a', encoding='utf-8')
 
 
 def remove_leftovers(paths: Iterable[pathlib.Path]) -> None:
