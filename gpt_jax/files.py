@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, BinaryIO, NoReturn
 
@@ -270,7 +271,16 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             raise
         raise WriteError(path, cause) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+    """Removes `folder`, as far as that is possible, also where threads of a library are still writing to it."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
+        time.sleep(0.05)
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:

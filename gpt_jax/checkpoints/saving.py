@@ -40,7 +40,7 @@ from gpt_jax.checkpoints.finding import (
 )
 from gpt_jax.checkpoints.loading import check_tree, leaf_name, orbax_path, read_items
 from gpt_jax.errors import InputError
-from gpt_jax.files import WriteError, system_error
+from gpt_jax.files import WriteError, remove_folder, system_error
 
 REMOVED = '.removed'
 SAVING = 'saving'
@@ -286,8 +286,8 @@ class Checkpoints:
                         raise
                 if self._failed and jax.process_index() == 0:
                     # Now, since the disk may be full of it; what cannot be removed, the next run will.
-                    with contextlib.suppress(OSError):
-                        self._remove_leftovers()
+                    for path in self.folder.glob(f'{SAVING}_*'):
+                        remove_folder(path)
 
     def _open(self) -> ocp.CheckpointManager:
         if self._orbax is None:
