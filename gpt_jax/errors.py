@@ -19,6 +19,12 @@ def one_line(text: str) -> str:
     return re.sub(r'[\x00-\x1f\x7f]', lambda found: repr(found[0])[1:-1], text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its type where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return printable(next(iter(str(error).splitlines()), type(error).__name__))
+
+
+def printable(text: str, most: int = 500) -> str:
+    """Text that somebody else chose, for one line of a message: what a terminal might obey is escaped."""
+    text = ''.join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:most])
+    return text if len(text) < most else f'{text[:most]}...'

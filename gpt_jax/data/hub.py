@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +20,13 @@ from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
 from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, by_hash, split_of, split_stretches
 from gpt_jax.data.formats import text_bytes
+from gpt_jax.data.tokenizer import up_to
 from gpt_jax.errors import InputError, first_line
 
 ANSWER_SECONDS = 4.0
 FRACTION = 0.005  # of the documents, where a dataset has no validation split of its own
 BATCH_ROWS = 64  # read at a time: a row is a document, which may be long
+LOOK_CHARACTERS = 2**22  # of plain text, that are looked at for markers
 CONVERTED = 'refs/convert/parquet'  # the hub's own conversion: CONFIG/SPLIT/0000.parquet, without a card
 ADDRESS = re.compile(r'hub:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<config>[^:@]+))?')
 # What datasets call our splits; of their others ('test') nothing is read.
@@ -134,6 +138,19 @@ class HubCorpus(Corpus):
         present = [split for split in SPLITS if any(part.split == split for part in parts)] or ['']
         sizes = {split: sum(part.size for part in parts if part.split == split) for split in present}
         return [Part('', split=split, size=sizes[split]) for split in present]
+
+    def notices(self, end_of_text: Iterable[str]) -> Iterator[str]:
+        """Markers at the beginning of plain text; nothing before `resolve`, as the files are not known then."""
+        if self.format != 'text' or not self.files or self.separator:
+            return
+        path = self._read_files[0][1]
+        text = ''.join(up_to(LOOK_CHARACTERS, self._rows(path, (0, 1), Decoder(replaces=True))))
+        for marker in dict.fromkeys(end_of_text):
+            if marker in text:
+                yield (
+                    f'data.corpus={self.name}: at least {text.count(marker)} times {marker} in {path}, taken for '
+                    f'ordinary text; to end documents there: --config.data.separator={shlex.quote(marker)}'
+                )
 
     def fetch(self, part: Part) -> None:
         """Downloads the part's files into the hub's cache, unless they are there or are streamed."""
@@ -256,13 +273,17 @@ class HubCorpus(Corpus):
         # What `datasets` takes for a pattern, unless it is an address.
         files = {'train': [location if self.streaming else glob.escape(location)]}
         return _datasets().load_dataset(
-            self.format, data_files=files, split='train', streaming=True, **self.options, **options
+            self.format, data_files=files, split='train', streaming=True, **(dict(self.options) | options)
         )
 
     def _documents_of(self, path: str, share: tuple[int, int], decoder: Decoder) -> Iterator[str]:
         """The documents of a share of a file: its rows, or what stands between separators in plain text."""
         rows = self._rows(path, share, decoder)
-        if not self.separator or self.format != 'text':
+        if self.format != 'text':
+            return rows
+        # A byte order mark, which is no text and which `datasets` leaves there.
+        rows = itertools.chain((row.removeprefix('\ufeff') for row in itertools.islice(rows, 1)), rows)
+        if not self.separator:
             return rows
         return (text for text in split_stretches(rows, self.separator) if not text.isspace())
 
@@ -280,10 +301,8 @@ class HubCorpus(Corpus):
     def _tables(self, path: str, share: tuple[int, int]) -> Iterator[Any]:
         # Other columns of parquet are not read at all.
         only = {'columns': [self.column], 'batch_size': BATCH_ROWS} if self.format == 'parquet' else {}
-        if self.format == 'text':
-            # A byte order mark is no text; and a separator may stand between line ends.
-            only = {'encoding': 'utf-8-sig', 'keep_linebreaks': bool(self.separator)}
-            only = {name: value for name, value in only.items() if name not in self.options}
+        if self.format == 'text' and self.separator:
+            only = {'keep_linebreaks': True}  # a separator may stand between them
         stream = self._stream(path, **only)
         if self.format == 'parquet' and self.column not in stream.features:
             raise self._no_column(f'{self._where}/{path}', list(self._stream(path).features))

@@ -306,7 +306,9 @@ def _prepare_corpus(
         return prepared
     with _writing(cache):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        corpus = _resolve(folder, corpus)
+        unresolved, corpus = corpus, _resolve(folder, corpus)
+        for line in corpus.notices([tokenizers.END_OF_TEXT]) if corpus is not unresolved else ():
+            log(line)
         tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
         if not _build(folder, corpus, config, tokenizer, piece, log):
             return None
@@ -355,8 +357,7 @@ def _writing(cache: pathlib.Path) -> Iterator[None]:
                 'command again: the finished parts are kept'
             ) from None
         place = error.filename2 or error.filename
-        # Of the cache, or of a folder above it that cannot be made.
-        if place is None or not (pathlib.Path(place).is_relative_to(cache) or cache.is_relative_to(place)):
+        if place is None or not pathlib.Path(place).is_relative_to(cache):
             raise
         what = cache if pathlib.Path(place) == cache else f'{cache}: {place}'
         raise InputError(f'data.cache_dir={what} cannot be written ({error.strerror}); name another folder') from None

@@ -90,6 +90,11 @@ class Tokenizer:
         """Bytes of the longest token: a text has at least its bytes divided by this many tokens."""
         return max(len(self.token_bytes(id_)) for id_ in self._ids.tolist()) or 1
 
+    @functools.cached_property
+    def marks(self) -> tuple[str, ...]:
+        """The added tokens that are found in any text: those that are not special."""
+        return tuple(token.content for token in self._added.values() if not token.special)
+
     def is_token(self, size: int) -> np.ndarray:
         """Which of the ids below `size`, such as those of a model, are tokens: bool [size]."""
         is_token = np.zeros(size, bool)
@@ -107,7 +112,7 @@ class Tokenizer:
             if len(text) <= BATCH_CHARACTERS:
                 return inner.encode(text, add_special_tokens=False).ids
             # What the library makes of a text beside its ids takes sixty times the memory of the text.
-            cut = (inner.encode_batch_fast([piece], add_special_tokens=False) for piece in pieces(text))
+            cut = (inner.encode_batch_fast([piece], add_special_tokens=False) for piece in pieces(text, self.marks))
             return [id_ for (encoding,) in cut for id_ in encoding.ids]
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
@@ -363,18 +368,25 @@ def up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def pieces(text: str) -> Iterator[str]:
+def pieces(text: str, marks: Sequence[str] = ()) -> Iterator[str]:
     """Cuts a text before spaces or ends of lines into pieces of about 2^15 characters.
 
     GPT-2's pre-tokenizer never joins what stands on both sides of such a cut, and characters stand alone anyway: the
-    ids of the pieces, joined, are the ids of the text. Only where 2^16 characters hold no such place they are cut
+    ids of the pieces, joined, are the ids of the text. `marks` are texts that the tokenizer finds before that, with
+    spaces in them or beside them: no cut touches one. Only where 2^16 characters hold no such place they are cut
     regardless, since the work on one word grows faster than its length: there the ids may differ.
     """
     start = 0
     while start < len(text):
         end = min(start + LONGEST_PIECE, len(text))
-        if len(text) - start > PIECE_CHARACTERS and (cut := _WORD_END.search(text, start + PIECE_CHARACTERS - 1, end)):
-            end = cut.end()
+        if len(text) - start > PIECE_CHARACTERS:
+            cuts = (found.end() for found in _WORD_END.finditer(text, start + PIECE_CHARACTERS - 1, end))
+            apart = (
+                cut
+                for cut in cuts
+                if not any(mark in text[max(0, cut - len(mark)) : cut + len(mark)] for mark in marks)
+            )
+            end = next(apart, end)
         yield text[start:end]
         start = end
 
@@ -403,7 +415,7 @@ def token_chunks(tokenizer: Tokenizer, passages: Iterable[Passage]) -> Iterator[
     for passage in passages:
         left = len(passage.text)
         # One by one: all pieces of a document together would take its memory once more.
-        for piece in pieces(passage.text) if left else ('',):
+        for piece in pieces(passage.text, tokenizer.marks) if left else ('',):
             left -= len(piece)
             batch.append(Passage(passage.split, piece, passage.ends_document and left == 0))
             characters += len(piece)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from gpt_jax.errors import InputError, first_line
+from gpt_jax.errors import InputError, first_line, printable
 
 TRIAL_SECONDS, TRIAL_BYTES = 20, 4 * 2**30
 # GPT-2 makes one to four tokens of a character, and no letter of any script decomposes into more than 18.
@@ -127,5 +127,5 @@ def _try_out(text: str) -> None:
     if tried is None or tried.returncode < 0 or 'MemoryError' in last:
         bounds = f'{TRIAL_SECONDS} s or {TRIAL_BYTES // 2**30} GB'
         raise InputError(f'the tokenizer takes more than {bounds} for a few words: use another one')
-    reason = last.partition(': ')[2] or last or f'status {tried.returncode}'
+    reason = printable(last.partition(': ')[2] or last or f'status {tried.returncode}')
     raise InputError(f'not a tokenizer.json that works: {reason}; use another one')

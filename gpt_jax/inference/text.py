@@ -147,14 +147,16 @@ def _history() -> Iterator[None]:
         return
     path = pathlib.Path(platformdirs.user_state_dir('gpt_jax'), 'prompts')
     readline.set_history_length(HISTORY_LINES)
-    with contextlib.suppress(OSError):  # there is none yet, or it cannot be read
+    with contextlib.suppress(OSError):  # none yet, or nobody's to read
         readline.read_history_file(path)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # a home folder that cannot be written to: these lines are forgotten
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)
+        except OSError as error:
+            print(f'note: prompts are not kept, {path} cannot be written ({error.strerror})', file=sys.stderr)
 
 
 # From tokens to text.
@@ -213,13 +215,16 @@ class StopStrings:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, strings: Sequence[str]):
-        """Watches for `strings`; raises InputError where one is empty."""
+        """Watches for `strings`; raises InputError where one is empty or no text."""
         if not all(strings):
             raise InputError("stop='' is in every text; give at least one character, or leave it out")
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
-        # In bytes: a token may hold a part of a character. No character's encoding is found inside another's.
-        self._encoded = [string.encode() for string in strings]
+        try:
+            # In bytes: a token may hold a part of a character. No character's encoding is found inside another's.
+            self._encoded = [string.encode() for string in strings]
+        except UnicodeEncodeError as error:
+            raise InputError(f'stop={error.object!a} is no text: its bytes are not UTF-8; write it as UTF-8') from None
 
     def __call__(self, tokens: Sequence[int]) -> int | None:
         """How many of the new tokens there are once the first stop string is complete; None: there is none."""

@@ -29,7 +29,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gpt_jax.errors import InputError
+from gpt_jax.errors import InputError, first_line, printable
 from gpt_jax.files import check_regular, new_folder, read_json
 from gpt_jax.models.config import ACTIVATIONS, COMPUTE_DTYPES, GPTConfig
 from gpt_jax.models.gpt import parameter_shapes
@@ -160,7 +160,7 @@ class StoredTensor(NamedTuple):
         try:
             return self.file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise InputError(f'{self.path}: {name} cannot be read ({error}); {COPY_AGAIN}') from None
+            raise InputError(f'{self.path}: {name} cannot be read ({first_line(error)}); {COPY_AGAIN}') from None
 
 
 def is_directory(path: str | os.PathLike) -> bool:
@@ -302,7 +302,7 @@ def _accounted_for(tensors: dict[str, StoredTensor], wanted: list[Parameter], fo
             continue
         if name not in expected:
             raise InputError(
-                f'{stored.path}: {_shown(name)} is no tensor of the model in config.json; use the config of it'
+                f'{stored.path}: {printable(name)} is no tensor of the model in config.json; use the config of it'
             )
         shape = expected[name].shape
         if stored.shape != shape:
@@ -328,11 +328,6 @@ def _prefixes(tensors: dict[str, StoredTensor]) -> tuple[str, str]:
     prefix = max(found, key=found.count, default='')
     head = prefix.removesuffix(PREFIX) + HEAD
     return prefix, head if head in tensors else HEAD
-
-
-def _shown(name: str) -> str:
-    """A name that somebody else chose, for a message of one line."""
-    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
 
 
 def _read_parameter(parameter: Parameter, tensors: dict[str, StoredTensor], names: dict[str, str]) -> np.ndarray:
@@ -621,9 +616,9 @@ def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Sto
         file = stack.enter_context(safe_open(path, framework='np', backend='pread'))
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except OSError as error:
-        raise InputError(f'{path}: cannot be read ({error}); {COPY_AGAIN}') from None
+        raise InputError(f'{path}: cannot be read ({first_line(error)}); {COPY_AGAIN}') from None
     except SafetensorError as error:
-        raise InputError(f'{path}: is no whole safetensors file ({error}); {COPY_AGAIN}') from None
+        raise InputError(f'{path}: is no whole safetensors file ({first_line(error)}); {COPY_AGAIN}') from None
     return {name: StoredTensor(path, tuple(part.get_shape()), part.get_dtype(), file) for name, part in slices.items()}
 
 
@@ -635,15 +630,15 @@ def _open_listed(index: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, 
         if path.parent != index.parent:
             raise InputError(f'{index}: {file_name[:200]!r} lies outside of the directory; put all files into it')
         if not os.path.lexists(path):
-            raise InputError(f'{index} lists {_shown(file_name)}, which is not there; add it')
+            raise InputError(f'{index} lists {printable(file_name)}, which is not there; add it')
         for name, stored in _open_file(path, stack).items():
             if listed.get(name) != file_name:
-                where = _shown(str(listed.get(name)))
-                raise InputError(f'{path} holds {_shown(name)}, which {INDEX} lists as {where}; {COPY_AGAIN}')
+                where = printable(str(listed.get(name)))
+                raise InputError(f'{path} holds {printable(name)}, which {INDEX} lists as {where}; {COPY_AGAIN}')
             tensors[name] = stored
     for name, file_name in listed.items():
         if name not in tensors:
-            raise InputError(f'{index} lists {_shown(name)} in {file_name}, which does not hold it; {COPY_AGAIN}')
+            raise InputError(f'{index} lists {printable(name)} in {file_name}, which does not hold it; {COPY_AGAIN}')
     return tensors
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_tokenizer import gpt2_folder
 
 from gpt_jax.data import Tokenizer
-from gpt_jax.data.tokenizer import gpt2, train_bpe
+from gpt_jax.data.tokenizer import gpt2, pieces, train_bpe
 from gpt_jax.errors import InputError
 
 USER = '<|user turn|>'
@@ -129,3 +129,16 @@ def test_unknown_characters_are_named(small_bpe):
 
     assert train_char(['abc']).unknown_characters('a!b?!') == '!?'
     assert small_bpe.unknown_characters('\u4e2d') == ''
+
+
+def test_no_piece_of_a_long_text_ends_in_an_added_token(small_bpe, monkeypatch):
+    monkeypatch.setattr('gpt_jax.data.tokenizer.PIECE_CHARACTERS', 5)
+    document = json.loads(small_bpe.to_json())
+    added = [full(USER), full('<stop>', rstrip=True), full('<go>', lstrip=True)]
+    document['added_tokens'] += [token | {'id': 400 + n} for n, token in enumerate(added)]
+    tokenizer = Tokenizer.from_json(json.dumps(document))
+    text = f'one two {USER}{USER} three <stop>   four five   <go> six {USER} ' * 3
+    cut = list(pieces(text, tokenizer.marks))
+    assert len(cut) > 10
+    assert ''.join(cut) == text
+    assert [id_ for piece in cut for id_ in tokenizer.encode(piece)] == tokenizer.encode(text)

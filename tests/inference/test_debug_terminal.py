@@ -64,7 +64,10 @@ def test_a_picture_of_a_long_text_stays_small(tmp_path):
 
 @pytest.mark.parametrize(
     ('name', 'message'),
-    [('map.jpg', 'the picture is a PNG; end it in .png'), ('no/map.png', 'cannot be written')],
+    [
+        ('map.jpg', 'the picture is a PNG; end it in .png'),
+        ('no/map.png', 'cannot be written'),
+    ],
 )
 def test_a_picture_that_cannot_be_is_one_line(tmp_path, name, message):
     with pytest.raises(InputError, match=message):

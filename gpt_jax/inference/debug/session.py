@@ -33,6 +33,8 @@ COMMANDS = (
     ('quit', '', 'leave; so does the end of the input'),
 )
 
+DIGITS = 20  # of a number, at most
+
 Reply = list[str | views.Table | views.Picture]
 
 
@@ -47,7 +49,13 @@ def full_name(name: str) -> str:
 def parse_number(argument: str, name: str, least: int, most: int | None = None) -> int:
     """A whole number from `least` to `most`. Raises InputError on anything else."""
     argument = argument.strip()
-    if argument.isascii() and argument.isdigit() and least <= int(argument) and (most is None or int(argument) <= most):
+    if (
+        len(argument) < DIGITS
+        and argument.isascii()
+        and argument.isdigit()
+        and least <= int(argument)
+        and (most is None or int(argument) <= most)
+    ):
         return int(argument)
     end = 'or more' if most is None else f'to {most}'
     raise InputError(f'{name}={argument!r} must be a whole number, {least} {end}')

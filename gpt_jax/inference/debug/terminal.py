@@ -1,6 +1,7 @@
 """The debugger at a terminal or on a pipe."""
 
 import cmd
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,7 @@ def run_debugger(
     ends = StoppingCriteria.of(loaded, max_new_tokens).ends
     debugger = Debugger(inspector, loaded.tokenizer, prompts[0], max_new_tokens, ends)
     console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
+    if not console.is_terminal and 'COLUMNS' not in os.environ:
         console.width = PIPE_WIDTH
     DebugPrompt(debugger, sampling, seed, console).cmdloop()
 

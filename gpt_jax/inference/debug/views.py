@@ -131,7 +131,10 @@ def save_picture(picture: Picture) -> None:
     Raises:
       InputError: `path` does not end in .png, or cannot be written.
     """
-    path, labels = pathlib.Path(picture.path).expanduser(), picture.labels
+    try:
+        path, labels = pathlib.Path(picture.path).expanduser(), picture.labels
+    except RuntimeError as error:
+        raise InputError(f'{picture.path} cannot be written ({error}); name another file') from None
     if path.suffix.lower() != '.png':
         raise InputError(f'{path}: the picture is a PNG; end it in .png')
     size = 3 + 0.16 * min(len(labels), NAMED_TOKENS)
@@ -150,8 +153,5 @@ def save_picture(picture: Picture) -> None:
     figure.colorbar(image, label='probability')
     content = io.BytesIO()
     figure.savefig(content, format='png', dpi=120)
-    try:
-        with replacing(path) as file:
-            file.write(content.getvalue())
-    except OSError as error:
-        raise InputError(f'{path} cannot be written ({error.strerror}); name another file') from None
+    with replacing(path) as file:
+        file.write(content.getvalue())
