@@ -224,9 +224,15 @@ def appending(path: str | os.PathLike, binary: bool = False) -> IO:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         raise _write_error(path, error, f'move it away: {path} is to be a file of its own') from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise _write_error(path, OSError(errno.EINVAL, 'it is no regular file'), 'move it away')
+    if status.st_nlink > 1:  # the same file has another name, in a backup or of somebody else: that one stays as it is
+        os.close(descriptor)
+        with open(path, 'rb') as shared, replacing(path) as own:
+            shutil.copyfileobj(shared, own)
+        return appending(path, binary)
     return os.fdopen(descriptor, 'ab', buffering=0) if binary else os.fdopen(descriptor, 'a', encoding='utf-8')
 
 
