@@ -187,3 +187,26 @@ def test_a_new_run_has_nothing_to_recover(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(InputError, match='file cannot be used for checkpoints'):
         recover(tmp_path / 'file')
+
+
+def test_a_link_is_followed_to_a_folder_of_checkpoints_alone(workdir, tmp_path):
+    for name in ('storage', 'home'):
+        (tmp_path / name).mkdir()
+        (tmp_path / f'to {name}').symlink_to(tmp_path / name)
+    (tmp_path / 'home' / 'thesis').touch()
+    (tmp_path / 'to nowhere').symlink_to(tmp_path / 'nowhere')
+    (tmp_path / 'to run').symlink_to(workdir / 'checkpoints')
+    for leftover in ('saving_1', 'saving_1.orbax-checkpoint-tmp', '3.removed', 'damaged-4', 'damaged-4-2'):
+        (workdir / 'checkpoints' / leftover).mkdir()
+    assert recover(tmp_path / 'to storage') is None
+    assert recover(tmp_path / 'to run')['step'] == 2
+    with pytest.raises(
+        InputError, match=r'to home leads to .*home, where other things are \(thesis\); remove the link'
+    ):
+        recover(tmp_path / 'to home')
+    with pytest.raises(InputError, match=r'to nowhere leads to .*nowhere, where nothing is; make that folder'):
+        recover(tmp_path / 'to nowhere')
+    assert not (tmp_path / 'nowhere').exists()
+    (tmp_path / 'loop').symlink_to('loop')
+    with pytest.raises(InputError, match=r'loop is a link in a loop|loop leads to .*loop'):
+        recover(tmp_path / 'loop')
