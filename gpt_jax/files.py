@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
@@ -222,9 +223,15 @@ def appending(path: str | os.PathLike) -> io.FileIO:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         raise _write_error(path, error, f'move it away: {path} is to be a file of its own') from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise _write_error(path, OSError(errno.EINVAL, 'it is no regular file'), 'move it away')
+    if status.st_nlink > 1:  # the same file has another name, in a backup or of somebody else: that one stays as it is
+        os.close(descriptor)
+        with open(path, 'rb') as shared, replacing(path) as own:
+            shutil.copyfileobj(shared, own)
+        return appending(path)
     return io.FileIO(descriptor, 'a')
 
 
@@ -269,7 +276,16 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             raise
         raise WriteError(path, cause) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+    """Removes `folder`, as far as that is possible, also where threads of a library are still writing to it."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
+        time.sleep(0.05)
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:
