@@ -29,7 +29,7 @@ CONNECT_SECONDS = 120
 # Without a heartbeat (a thread of jaxlib's gives one, whatever Python is at) a process counts as lost. What waits for
 # it ends some seconds later.
 LOST_SECONDS = 20
-SHUTDOWN_SECONDS = 20
+SHUTDOWN_SECONDS = 60  # the first process has more to do at the end than the others
 ALL_THREE = 'give --coordinator=HOST:PORT (of process 0), --num_processes and --process_id'
 LOST = 'another process of this run was lost; start all of them again, and the run goes on from its last checkpoint'
 # What collectives raise where the other side is gone: of Gloo (CPU), NCCL (GPU), and the coordination service.
@@ -140,6 +140,15 @@ def ended_together() -> Iterator[None]:
         if jax.process_count() == 1 or isinstance(error, InputError) or not _CONNECTION.search(str(error)):
             raise
         _end(LOST)
+
+
+@contextlib.contextmanager
+def left_at_once() -> Iterator[None]:
+    """Ends this process where the block raises InputError, without waiting for the others, which then end as well."""
+    try:
+        yield
+    except InputError as error:
+        _end(str(error))
 
 
 def _wait_for(coordinator: str, host: str, port: int) -> None:
