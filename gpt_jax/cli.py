@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from gpt_jax import signals
 from gpt_jax.config import FIELDS, help_text
 from gpt_jax.errors import InputError, first_line
-from gpt_jax.files import cache_folder, check_regular
+from gpt_jax.files import WriteError, cache_folder, check_regular, check_writable
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -256,15 +256,28 @@ def _help(doc: str, key_flags: Sequence[str]) -> str:
 
 def _quieten() -> None:
     """Libraries report what a user can do nothing about; our own lines are enough."""
-    for name in ('absl', 'orbax', 'grain'):
+    for name in ('absl', 'orbax', 'grain', 'matplotlib'):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another or is ''."""
+    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another or is ''.
+
+    Where that folder cannot be written to, says so and does without: jax would warn at every program.
+    """
     import jax
 
-    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        jax.config.update('jax_compilation_cache_dir', str(cache_folder('xla')))
+    folder = os.environ.get('JAX_COMPILATION_CACHE_DIR', str(cache_folder('xla')))
+    if folder and '://' not in folder:  # jax itself knows object storage
+        try:
+            check_writable(folder)
+        except WriteError as error:
+            print(
+                f'notice: compiled programs are not kept: {folder} cannot be written ({error.strerror}); '
+                'JAX_COMPILATION_CACHE_DIR names another folder',
+                file=sys.stderr,
+            )
+            folder = ''
+    jax.config.update('jax_compilation_cache_dir', folder or None)
     # jax's default of one second would leave out most of a small model's programs.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

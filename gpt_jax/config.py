@@ -32,11 +32,11 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from gpt_jax.errors import InputError
-from gpt_jax.files import cache_folder
+from gpt_jax.files import cache_folder, check_local
 
 # Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
 # something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
-FORMAT = 2
+FORMAT = 3
 
 
 def key(
@@ -72,9 +72,9 @@ def key(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Steps and token ids are counted in int32.
+# Steps, token ids and positions are int32; a table has up to 127 rows of padding besides.
 MOST_STEPS = 2**31 - 2
-MOST_IDS = 2**31 - 1
+MOST_IDS = 2**31 - 128
 # Far beyond any model's, so that a slip of the keyboard does not keep a machine busy; whether a model fits a machine is
 # asked before it is built.
 MOST_LAYERS, MOST_WIDTH, MOST_EXPANSION = 1000, 2**24, 1024
@@ -110,7 +110,23 @@ class ModelConfig(_Section):
     n_head: int | None = key(None, "unset: the preset's", weights=True, least=1, most=MOST_WIDTH)
     d_model: int | None = key(None, "unset: the preset's", weights=True, least=1, most=MOST_WIDTH)
     mlp_expansion: int | None = key(
-        None, "the MLP's width as a multiple of d_model; unset: 4", weights=True, least=1, most=MOST_EXPANSION
+        None,
+        "the MLP's width as a multiple of d_model; unset: 4, or n_inner",
+        weights=True,
+        length='mlp',
+        least=1,
+        most=MOST_EXPANSION,
+    )
+    n_inner: int | None = key(
+        None,
+        "the MLP's width where it is no multiple of d_model; unset: mlp_expansion",
+        weights=True,
+        length='mlp',
+        least=1,
+        most=MOST_WIDTH,
+    )
+    activation: str | None = key(
+        'gelu_new', "of the MLP: 'gelu_new' (by tanh), 'gelu' (exact), 'relu', 'silu', ...", unset=True, weights=True
     )
     dropout: float | None = key(None, 'the four rates below, where they are unset (recipe)', least=0, below=1)
     embedding_dropout: float | None = key(None, 'on token + position embeddings', least=0, below=1)
@@ -129,6 +145,9 @@ class ModelConfig(_Section):
     )
     qkv_bias: bool | None = key(None, 'of the projections to query, key and value; unset: True', weights=True)
     attention_scale: float | None = key(None, 'on query x key; unset: 1 / sqrt(head width)', weights=True, above=0)
+    scale_attn_by_inverse_layer_idx: bool | None = key(
+        False, "query x key is also divided by the layer's number, from 1", unset=True, weights=True
+    )
     tie_embeddings: bool | None = key(None, 'the output head is the token embedding; unset: True', weights=True)
     layer_norm_epsilon: float | None = key(
         None, 'added to the variance; unset: 1e-5', weights=True, least=LEAST_EPSILON
@@ -158,6 +177,9 @@ class DataConfig(_Section):
         "plain text is 'whole' (its last tenth held out), or a document a 'file' or 'block' (by blank lines)",
         choices=('whole', 'file', 'block'),
     )
+    separator: str | None = key(
+        None, "stands between the documents of plain text, e.g. '<|endoftext|>', and is no part of them; unset: nothing"
+    )
     validation_fraction: float | None = key(
         None,
         "held out, by the hash of a document; unset: the corpus's own validation split or fraction",
@@ -181,7 +203,18 @@ class DataConfig(_Section):
     @property
     def cache(self) -> pathlib.Path:
         """The folder where prepared data is kept."""
-        return pathlib.Path(self.cache_dir or cache_folder('data')).expanduser()
+        path = self.cache_dir or cache_folder('data')
+        check_local(path, f'data.cache_dir={path}')
+        try:
+            path = pathlib.Path(path).expanduser()
+            path.resolve()
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it is made where data are written
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL, links in a loop, a home folder that nobody has
+            reason = getattr(error, 'strerror', None) or error
+            raise InputError(f'data.cache_dir={path}: cannot be used ({reason}); name another folder') from None
+        return path
 
 
 @dataclasses.dataclass(frozen=True)

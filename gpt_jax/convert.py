@@ -9,6 +9,7 @@ whole or not at all. --mesh is for a model that one device cannot hold; the file
 """
 
 import pathlib
+import shlex
 
 from absl import flags
 
@@ -34,11 +35,11 @@ def main() -> None:
         if DTYPE.value is not None:
             raise InputError(f'--dtype={DTYPE.value}: parameters of a checkpoint are always f32; leave it out')
         checkpoints.import_huggingface(found.folder, TARGET.value, cli.read_mesh())
-        kind, use = 'checkpoint', f'python -m gpt_jax.generate --checkpoint={TARGET.value}'
+        kind, use = 'checkpoint', f'python -m gpt_jax.generate {shlex.quote(f"--checkpoint={TARGET.value}")}'
     else:
         checkpoints.export_huggingface(found, TARGET.value, dtype=DTYPE.value or 'f32', mesh=cli.read_mesh())
-        kind, use = 'Hugging Face directory', f"transformers.AutoModelForCausalLM.from_pretrained('{TARGET.value}')"
-    size = sum(path.stat().st_size for path in pathlib.Path(TARGET.value).rglob('*') if path.is_file())
+        kind, use = 'Hugging Face directory', f'transformers.AutoModelForCausalLM.from_pretrained({TARGET.value!r})'
+    size = sum(path.stat().st_size for path in pathlib.Path(TARGET.value).expanduser().rglob('*') if path.is_file())
     print(f'{SOURCE.value} -> {kind} {TARGET.value}, {size / 1e6:,.1f} MB. Use it: {use}')
 
 

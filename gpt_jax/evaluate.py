@@ -8,7 +8,6 @@ each token is scored once, after at least context - stride + 1 others (those at 
 """
 
 import json
-import pathlib
 import sys
 
 import tqdm
@@ -16,6 +15,7 @@ from absl import flags
 
 from gpt_jax import cli
 from gpt_jax.errors import InputError
+from gpt_jax.files import decoded, read_text
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'a workdir, a checkpoints/STEP folder, or a Hugging Face directory'
@@ -25,7 +25,12 @@ TEXT = flags.DEFINE_string('text', None, 'a UTF-8 text file; -: standard input')
 STRIDE = flags.DEFINE_integer('stride', None, 'tokens from one window to the next (default: half of the context)')
 CONTEXT = flags.DEFINE_integer('context', None, 'tokens that a prediction may see (default: block_size, the most)')
 BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'windows at a time; on a mesh rounded up to what it divides')
+PARSE_SPECIAL = flags.DEFINE_bool(
+    'parse_special', False, 'special tokens such as <|endoftext|> in the text are tokens, not text'
+)
 cli.define_mesh_flag()
+
+MOST_BYTES = 2**28  # of a text, which with its tokens takes some ten times as much memory
 
 
 def main() -> None:
@@ -36,7 +41,15 @@ def main() -> None:
     ):
         if flag.value is None:
             raise InputError(f'--{flag.name} is missing; give {way_out}')
-    from gpt_jax import checkpoints, evaluation
+        if not flag.value:
+            raise InputError(f'--{flag.name}= is empty; give {way_out}')
+    for flag in (STRIDE, CONTEXT, BATCH_SIZE):
+        if flag.value is not None and not 1 <= flag.value < 2**31:
+            bound = 'at least 1' if flag.value < 1 else f'at most {2**31 - 1}'
+            raise InputError(f'--{flag.name}={flag.value} must be {bound}')
+    if None not in (STRIDE.value, CONTEXT.value) and STRIDE.value > CONTEXT.value:
+        raise InputError(f'--stride={STRIDE.value} exceeds --context={CONTEXT.value}: tokens would be left out')
+    from gpt_jax import checkpoints, evaluation, inference
 
     # A wrong name or mesh is told of before a text is waited for.
     found, mesh = checkpoints.resolve(CHECKPOINT.value, STEP.value), cli.read_mesh()
@@ -47,6 +60,10 @@ def main() -> None:
     context = block_size if CONTEXT.value is None else CONTEXT.value
     if context > block_size:
         raise InputError(f'--context={context} exceeds block_size={block_size}; longer texts need no longer context')
+    if STRIDE.value is not None and STRIDE.value > context:
+        raise InputError(f'--stride={STRIDE.value} must be at most {context=}: tokens would be left out')
+    for line in inference.remarks(loaded.tokenizer, f'--text={TEXT.value}', [text], PARSE_SPECIAL.value):
+        print(line, file=sys.stderr)
     with tqdm.tqdm(unit=' windows', leave=False, disable=None) as bar:  # none where stderr is no terminal
 
         def report(done: int, total: int) -> None:
@@ -61,29 +78,23 @@ def main() -> None:
             STRIDE.value,
             evaluation.divisible_batch(BATCH_SIZE.value, mesh),
             report,
+            parse_special=PARSE_SPECIAL.value,
         )
-    if loaded.tokenizer.kind == 'char' and loaded.tokenizer.decode(loaded.tokenizer.encode(text)) != text:
-        print('warning: characters that the tokenizer does not know were scored as its unknown token', file=sys.stderr)
-    print(json.dumps(numbers))
+    print(json.dumps(numbers, allow_nan=False))
 
 
 def _read_text(name: str) -> str:
-    try:
-        if name == '-':
-            if sys.stdin.isatty():
-                print('text, ended by Ctrl-D:', file=sys.stderr)
-            data = sys.stdin.buffer.read()
-        else:
-            data = pathlib.Path(name).expanduser().read_bytes()
-    except OSError as error:
-        raise InputError(f'--text={name} cannot be read ({error.strerror}); name a text file') from None
-    if not data:
+    if name == '-':
+        from gpt_jax import inference
+
+        if sys.stdin is not None and sys.stdin.isatty():
+            print('text, ended by Ctrl-D:', file=sys.stderr)
+        text = decoded(inference.read_standard_input(MOST_BYTES), 'standard input')
+    else:
+        text = read_text(name, f'--text={name}', MOST_BYTES)
+    if not text:
         raise InputError(f'--text={name} is empty; name a file with text in it')
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        wrong = f'byte 0x{data[error.start]:02x} at offset {error.start}'
-        raise InputError(f'--text={name} is not UTF-8 ({wrong}); convert it, e.g. with iconv') from None
+    return text
 
 
 if __name__ == '__main__':

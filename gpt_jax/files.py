@@ -2,6 +2,8 @@
 
 import codecs
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -11,7 +13,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import platformdirs
 
@@ -20,6 +22,9 @@ from gpt_jax.errors import InputError
 # What is read whole into memory: a configuration, a vocabulary, a prompt. Far above any real one.
 MOST_BYTES = 64 * 2**20
 LFS_POINTER = b'version https://git-lfs.github.com/spec/'
+# Nothing more can be written: a full disk, a quota, a limit of a file's size; or nothing at all.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+NOFOLLOW = getattr(os, 'O_NOFOLLOW', 0)  # Windows has none
 _KINDS = {
     stat.S_IFDIR: 'a folder',
     stat.S_IFIFO: 'a named pipe',
@@ -84,9 +89,10 @@ def decoded(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise InputError(f'{name} is UTF-16; make UTF-8 of it: iconv -f UTF-16 -t UTF-8') from None
-        raise InputError(
-            f'{name} is not UTF-8 (byte {error.start:,}); convert it, e.g. with iconv -f LATIN1 -t UTF-8'
-        ) from None
+        wrong = (
+            f'byte 0x{data[error.start]:02x} in line {data.count(10, 0, error.start) + 1}, at offset {error.start:,}'
+        )
+        raise InputError(f'{name} is not UTF-8 ({wrong}); convert it, e.g. with iconv -f LATIN1 -t UTF-8') from None
 
 
 def read_json(path: str | os.PathLike, name: str | None = None, most: int = MOST_BYTES) -> Any:
@@ -137,28 +143,94 @@ def _called(path: str | os.PathLike, name: str | None) -> str:
     return name or os.fspath(path)
 
 
+class WriteError(InputError, OSError):
+    """Something cannot be written: the disk is full, the place is read-only, ... As an OSError it has its `errno`."""
+
+    def __init__(
+        self, path: str | os.PathLike, error: OSError, way_out: str = 'free some space, or name another place'
+    ):
+        super().__init__(f'{path} cannot be written ({error.strerror or error}); {way_out}')
+        self.errno, self.strerror, self.filename = error.errno, error.strerror, os.fspath(path)
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+    def __reduce__(self) -> tuple:
+        # OSError's own would give the message as the path.
+        return InputError, self.args
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The OSError that `error` is, was caused by, or tells of in its message; None: it has nothing to do with one.
+
+    Libraries that are not written in Python have exceptions of their own, with the system's number in the text:
+    tensorstore `[os_error_code='28']`, safetensors `(os error 28)`.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        told = re.search(r"os_error_code='(\d+)'|os error (\d+)", str(error))
+        if told:
+            number = int(told[1] or told[2])
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a new binary file that takes the place of `path` when the block ends well, and is removed otherwise.
 
-    The bytes are on disk (fsync) before the name is: after a crash `path` is the old file or the whole new one.
+    The bytes are on disk (fsync) before the name is: after a crash `path` is the old file or the whole new one. A link
+    at `path` is replaced, never followed; the new file has a name that nobody can foresee, and is nobody else's.
+
+    Raises:
+      WriteError: the file cannot be made, or the disk is full; what else fails in the block comes out as it is.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+    temporary = _temporary(path)
     try:
-        with open(temporary, 'xb') as file:
+        file = os.fdopen(_create(temporary), 'wb')
+    except (OSError, ValueError) as error:
+        raise _write_error(path, error) from None
+    try:
+        with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            try:
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except OSError as error:
+                raise _write_error(path, error) from None
+    except OSError as error:
+        if isinstance(error, WriteError) or error.errno not in FULL:
+            raise
+        raise _write_error(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def appending(path: str | os.PathLike) -> TextIO:
+    """A text file (UTF-8) to add lines to, made where it is missing; never through a link, nor to anything but a file.
+
+    Raises:
+      WriteError: it cannot be opened so.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | NOFOLLOW | getattr(os, 'O_NONBLOCK', 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise _write_error(path, error, f'move it away: {path} is to be a file of its own') from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _write_error(path, OSError(errno.EINVAL, 'it is no regular file'), 'move it away')
+    return os.fdopen(descriptor, 'a', encoding='utf-8')
 
 
 def remove_leftovers(paths: Iterable[pathlib.Path]) -> None:
     """Removes what processes that were killed while `replacing` one of `paths` have left; nobody may be at it now."""
     for path in paths:
-        for leftover in path.parent.glob(f'.{path.name}.*.tmp'):
+        for leftover in path.parent.glob(f'.{glob.escape(path.name)}.*.tmp'):
             leftover.unlink(missing_ok=True)
 
 
@@ -169,21 +241,69 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     Missing parents are made. An empty folder may stand at `path`; nothing else is ever replaced.
 
     Raises:
-      InputError: something else stands at `path`, or the folder cannot be made there.
+      InputError: something else stands at `path`, the folder cannot be made there, or the disk is full on the way.
     """
-    path = pathlib.Path(path).expanduser().absolute()
-    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        raise InputError(f'{path} exists already; name a new folder, or remove that one first')
-    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+    check_local(path)
+    given = path
     try:
+        path = pathlib.Path(path).expanduser().absolute()
+        with contextlib.suppress(FileNotFoundError):
+            is_folder = stat.S_ISDIR(path.lstat().st_mode)
+            if not is_folder or any(path.iterdir()):
+                raise InputError(f'{path} exists already; name a new folder, or remove that one first')
+        temporary = _temporary(path)
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f'{path} cannot be made ({error.strerror}); name another folder') from None
+        raise InputError(f'{given} cannot be made ({error.strerror}); name another folder') from None
+    except (ValueError, RuntimeError) as error:  # a NUL in the name; a home folder that nobody has
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f'{given} cannot be made ({error}); name another folder') from None
     try:
         yield temporary
         os.rename(temporary, path)
+    except Exception as error:
+        cause = system_error(error)
+        if cause is None or cause.errno not in FULL:
+            raise
+        raise WriteError(path, cause) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    """A name beside `path` that nobody can foresee.
+
+    A long one is cut, since names have 255 bytes at most, and is without what libraries take for patterns.
+    """
+    name = os.fsdecode(os.fsencode(path.name)[:200]).encode(errors='ignore').decode()
+    name = re.sub(r'[][*?\\]', '_', name)
+    return path.with_name(f'.{name}.{secrets.token_hex(4)}.tmp')
+
+
+def _create(path: pathlib.Path) -> int:
+    """A descriptor of a file that was not there, not even as a link."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | NOFOLLOW, 0o666)
+
+
+def _write_error(path: str | os.PathLike, error: Exception, way_out: str | None = None) -> WriteError:
+    error = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
+    if way_out is None:
+        is_full = error.errno in FULL and error.errno != errno.EROFS
+        way_out = 'free some space, or name another place' if is_full else 'name another place'
+    return WriteError(path, error, way_out)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Makes `folder` where it is missing; raises WriteError where that, or a file in it, cannot be made."""
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(folder / 'probe')
+        os.close(_create(probe))
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise _write_error(folder, error) from None
 
 
 def sha256(path: str | os.PathLike) -> str:

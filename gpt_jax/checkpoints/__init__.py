@@ -18,7 +18,6 @@ from gpt_jax.checkpoints.finding import (
     Resolved,
     find_weights,
     fingerprint,
-    latest_meta,
     read_meta,
     read_model_config,
     resolve,
@@ -31,7 +30,7 @@ from gpt_jax.checkpoints.loading import (
     load,
     load_model,
 )
-from gpt_jax.checkpoints.saving import Checkpoints
+from gpt_jax.checkpoints.saving import Checkpoints, recover
 
 __all__ = [
     'Checkpoints',
@@ -43,10 +42,10 @@ __all__ = [
     'find_weights',
     'fingerprint',
     'import_huggingface',
-    'latest_meta',
     'load',
     'load_model',
     'read_meta',
     'read_model_config',
+    'recover',
     'resolve',
 ]

@@ -2,9 +2,11 @@
 
 Reading never writes: it works on a read-only folder, beside a running training, and on a copied step folder alone. That
 training may remove a step at any moment, when newer or better ones take its place. So a name is resolved once, all that
-follows is given the `Resolved`, and `while_there` resolves anew where the step went away before it was read.
+follows is given the `Resolved`, and `while_there` chooses anew where the step went away before it was read. It does so,
+too, where the step turns out to be damaged, and says so: one good step is worth more than none.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -13,7 +15,8 @@ import math
 import os
 import pathlib
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import jax
@@ -25,10 +28,11 @@ from gpt_jax.checkpoints import verifying
 from gpt_jax.data import Tokenizer
 from gpt_jax.data.tokenizer import gpt2
 from gpt_jax.errors import InputError
-from gpt_jax.files import sha256
+from gpt_jax.files import check_local, sha256
 from gpt_jax.models import GPTConfig, huggingface
 
 META_FILE = 'meta/metadata'  # where orbax puts the JSON item named `meta`
+ITEMS = ('params', 'optimizer', 'meta')
 META_FORMAT = 1  # raised when an older gpt_jax would misread a record; records without a `format` are of format 1
 NAME_ONE = 'give a workdir, a checkpoints/STEP folder or a Hugging Face directory'
 TRIES = 5
@@ -81,12 +85,11 @@ def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
     That is a workdir, its `checkpoints` folder, a step folder anywhere, or a Hugging Face directory.
 
     Of several steps, the one of the lowest validation loss is taken, where any has one, else the latest; `step` names
-    another. Raises InputError when the path does not exist, holds no finished checkpoint, or lacks that step.
+    another. Steps whose record is damaged are left out, with a warning. Raises InputError when the path does not exist,
+    is an address, holds no good checkpoint, or lacks that step.
     """
-    given, path = path, pathlib.Path(path).expanduser().resolve()
-    if not path.exists():
-        raise InputError(f'checkpoint {given} does not exist: {NAME_ONE}')
-    if verifying.exists(path):
+    given, path = path, _absolute(path)
+    if _is_step_folder(path):
         own_step = read_step_meta(path)['step']
         if step not in (None, own_step):
             raise InputError(f'checkpoint {given} is step {own_step}, not {step}: give its workdir to choose a step')
@@ -96,35 +99,77 @@ def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
             raise InputError(f'checkpoint {given} is a Hugging Face directory, which has no steps: leave --step out')
         return Resolved(path, 0, None)
     folder = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
-    # Twice: between listing the folder and looking at a step, a training may have put another in its place.
-    steps = finished_steps(folder) or finished_steps(folder)
-    if not steps:
-        raise InputError(f'{given} holds no finished checkpoint: {NAME_ONE}')
     if step is None:
-        losses = val_losses(folder)
-        step = min(losses, key=losses.get) if losses else steps[-1]
-        return Resolved(folder / str(step), step, _workdir(folder), chosen_from=folder)
+        chosen, damaged = _choose(folder, given)
+        for problem in damaged:
+            _warn(f'{problem.what}; step {chosen.step} is used instead')
+        return chosen
+    steps = step_names(folder)
     if step not in steps:
-        raise InputError(f'{given} has no checkpoint of step {step}: it has {", ".join(map(str, steps))}')
+        available = ', '.join(map(str, steps)) or 'none'
+        raise InputError(f'{given} has no checkpoint of step {step}: it has {available}')
     return Resolved(folder / str(step), step, _workdir(folder))
 
 
+def _choose(
+    folder: pathlib.Path, given: str | os.PathLike, without: Collection[int] = ()
+) -> tuple[Resolved, list[verifying.DamagedError]]:
+    """The best step of `folder`, else the latest, and what is wrong with records of others; none of `without`.
+
+    Raises:
+      InputError: there is no good one; `given` names the folder in the message.
+    """
+    # Again: between listing the folder and looking at a step, a training may have put another in its place.
+    for _ in range(TRIES):
+        losses, damaged = {}, []
+        for step in step_names(folder):
+            if step in without:
+                continue
+            try:
+                losses[step] = read_step_meta(folder / str(step))['val_loss']
+            except verifying.DamagedError as error:
+                if (folder / str(step)).exists():
+                    damaged.append(error)
+        if losses:
+            measured = {step: loss for step, loss in losses.items() if loss is not None}
+            step = min(measured, key=measured.get) if measured else max(losses)
+            return Resolved(folder / str(step), step, _workdir(folder), chosen_from=folder), damaged
+        if damaged:
+            raise InputError(f'{given} holds no good checkpoint: {damaged[-1].what}; {verifying.COPY_AGAIN}')
+    raise InputError(f'{given} holds no finished checkpoint: {NAME_ONE}')
+
+
 def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
-    """`read(found)`; where the training beside it removed that step meanwhile, of the step that is chosen now.
+    """`read(found)`; where the training beside it removed that step, or it is damaged, of the step that is chosen then.
 
     Raises what `read` raises, and InputError where the step is gone and the user named that step and no other.
     """
-    for _ in range(TRIES):
+    tries, damaged = TRIES, {}
+    while tries:
         try:
             return read(found)
-        except Exception:
-            # `Checkpoints` renames a step before its files go, so a step is there as a whole or not at all. Several
-            # processes would each choose for themselves: they give up together instead.
-            if found.folder.exists() or jax.process_count() > 1:
+        except Exception as error:
+            # `Checkpoints` names a step when all its files are there, and renames it before they go: it is there as a
+            # whole or not at all. Several processes would each choose for themselves: they give up together instead.
+            there, folder = found.folder.exists(), found.chosen_from
+            if jax.process_count() > 1 or (there and not (folder and isinstance(error, verifying.DamagedError))):
                 raise
-        if found.chosen_from is None:
+            problem = error
+        if folder is None:
             break
-        found = resolve(found.chosen_from)
+        if there:
+            damaged[found.step] = problem
+        else:
+            tries -= 1
+        try:
+            found, _ = _choose(folder, folder, damaged)
+        except InputError:
+            if not damaged:
+                raise
+            what = damaged[max(damaged)].what
+            raise InputError(f'{folder} holds no good checkpoint: {what}; {verifying.COPY_AGAIN}') from None
+        if there:
+            _warn(f'{problem.what}; step {found.step} is used instead')
     raise InputError(
         f'{found.folder} was removed while it was read: the training there keeps its newest and best steps; '
         'name another step, or let it keep more (checkpoint.keep_latest)'
@@ -164,36 +209,45 @@ def fingerprint(found: Any) -> str:
 
 
 def finished_steps(folder: pathlib.Path) -> list[int]:
-    """The steps under `folder` that were saved to the end, in ascending order; empty where there is no such folder."""
-    if not folder.is_dir():
+    """The steps under `folder` that have their manifest, in ascending order; empty where there is no such folder."""
+    return [step for step in step_names(folder) if verifying.exists(folder / str(step))]
+
+
+def step_names(folder: pathlib.Path) -> list[int]:
+    """The steps under `folder` by the names of their folders alone, damaged or not, in ascending order."""
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if is_step_name(path.name) and verifying.exists(path))
+    except OSError as error:
+        raise InputError(f'{folder} cannot be read ({error.strerror})') from None
+    return sorted(int(path.name) for path in paths if is_step_name(path.name) and is_checkpoint(path))
 
 
 def is_step_name(name: str) -> bool:
     """Whether a folder's name is a step as `save` writes it: decimal digits without leading zeros."""
-    return name.isascii() and name.isdigit() and str(int(name)) == name
+    # No run is so long; and Python refuses to read a number of thousands of digits.
+    return len(name) < 19 and name.isascii() and name.isdigit() and str(int(name)) == name
+
+
+def is_checkpoint(path: pathlib.Path) -> bool:
+    """Whether `path` is a checkpoint or the remains of one: an empty folder, or one with something of a save."""
+    try:
+        names = {entry.name for entry in os.scandir(path)}
+    except OSError:
+        return False
+    return not names or not names.isdisjoint({verifying.NAME, '_CHECKPOINT_METADATA', *ITEMS})
 
 
 def val_losses(folder: pathlib.Path) -> dict[int, float]:
-    """Validation loss of every finished step that has one. Raises InputError as `read_step_meta`."""
+    """Validation loss of every finished step that has one; a step whose record is damaged has none."""
     losses = {}
     for step in finished_steps(folder):
-        try:
+        with contextlib.suppress(verifying.DamagedError):  # or the training removed it since it was listed
             loss = read_step_meta(folder / str(step))['val_loss']
-        except (InputError, OSError):
-            if (folder / str(step)).exists():
-                raise
-            continue  # the training removed it since it was listed
-        if loss is not None:
-            losses[step] = loss
+            if loss is not None:
+                losses[step] = loss
     return losses
-
-
-def latest_meta(folder: pathlib.Path) -> dict[str, Any] | None:
-    """`read_step_meta` of the highest finished step under `folder`; None where there is none."""
-    steps = finished_steps(folder)
-    return read_step_meta(folder / str(steps[-1])) if steps else None
 
 
 def read_meta(found: Resolved) -> dict[str, Any]:
@@ -204,10 +258,16 @@ def read_meta(found: Resolved) -> dict[str, Any]:
 def read_step_meta(step_folder: pathlib.Path) -> dict[str, Any]:
     """The JSON dict saved with a checkpoint, after checking its own sha256.
 
-    Raises InputError, naming the file, when it or the manifest is missing or damaged, or a newer gpt_jax wrote it.
+    Raises DamagedError, naming the file, when it or the manifest is missing or damaged, and InputError when a newer
+    gpt_jax wrote it.
     """
     verifying.verify(step_folder, META_FILE.__eq__, way_out=way_out(step_folder))
-    meta = json.loads((step_folder / META_FILE).read_bytes())
+    try:
+        meta = json.loads((step_folder / META_FILE).read_bytes())
+    except OSError as error:
+        raise verifying.DamagedError(
+            f'{step_folder / META_FILE} cannot be read ({error.strerror})', way_out(step_folder)
+        ) from None
     written = meta.get('format', 1)
     if not isinstance(written, int) or written > META_FORMAT:
         raise InputError(f'{step_folder}: format={written!r} of its record is unknown; {_update(meta)}')
@@ -258,7 +318,7 @@ def describe_save(step: int, val_loss: float | None = None) -> dict[str, Any]:
 
 
 def describe_huggingface(folder: pathlib.Path) -> dict[str, Any]:
-    """A Hugging Face directory's `model`, `tokenizer` and `tokenizer_fingerprint`, as a checkpoint's record has them.
+    """A Hugging Face directory's `model`, `tokenizer`, its fingerprint, and `token_ids`: as a checkpoint's record.
 
     Raises InputError, naming the file, where config.json cannot be used, or there is no tokenizer for its vocabulary.
     """
@@ -272,7 +332,7 @@ def describe_huggingface(folder: pathlib.Path) -> dict[str, Any]:
             f'{folder} has no tokenizer; put tokenizer.json there, or vocab.json with merges.txt, from where the '
             'weights came'
         )
-    tokenizer = gpt2(folder)
+    tokenizer = gpt2(folder, config.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f'{folder}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size={config.vocab_size} in '
@@ -282,6 +342,7 @@ def describe_huggingface(folder: pathlib.Path) -> dict[str, Any]:
         'model': dataclasses.asdict(config),
         'tokenizer': tokenizer.to_json(),
         'tokenizer_fingerprint': tokenizer.fingerprint,
+        'token_ids': huggingface.read_token_ids(folder),
     }
 
 
@@ -296,6 +357,33 @@ def way_out(step_folder: pathlib.Path) -> str:
 def _update(meta: dict[str, Any]) -> str:
     writer = meta.get('versions', {}).get('gpt_jax', 'of an unknown version')
     return f'it was written by gpt_jax {writer}, this is {__version__}: update gpt_jax'
+
+
+def _absolute(path: str | os.PathLike) -> pathlib.Path:
+    """Where `path` is, through its links. Raises InputError where nothing is, or it is no path of this machine."""
+    check_local(path, f'checkpoint {path}')
+    if not os.fspath(path):
+        raise InputError(f'the name of the checkpoint is empty: {NAME_ONE}')
+    try:
+        absolute = pathlib.Path(path).expanduser().resolve()
+        absolute.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f'checkpoint {path} does not exist: {NAME_ONE}') from None
+    except OSError as error:  # links in a loop, a name too long, no permission
+        raise InputError(f'checkpoint {path} cannot be read ({error.strerror}): {NAME_ONE}') from None
+    except (ValueError, RuntimeError) as error:  # a NUL in the name; Python before 3.13 on links in a loop
+        raise InputError(f'checkpoint {path} cannot be read ({error}): {NAME_ONE}') from None
+    return absolute
+
+
+def _is_step_folder(path: pathlib.Path) -> bool:
+    """Whether `path` is a single checkpoint, be it damaged, and not a folder with several."""
+    return verifying.exists(path) or ((path / '_CHECKPOINT_METADATA').is_file() and not huggingface.is_directory(path))
+
+
+def _warn(line: str) -> None:
+    if jax.process_index() == 0 and sys.stderr is not None:
+        print(f'warning: {line}', file=sys.stderr, flush=True)
 
 
 def _workdir(folder: pathlib.Path) -> pathlib.Path | None:

@@ -4,15 +4,19 @@ orbax casts dtypes silently and reports a wrong shape or a missing leaf in many 
 certain tree, every leaf is compared by name before anything is read.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
@@ -33,18 +37,47 @@ from gpt_jax.data import Tokenizer
 from gpt_jax.data.tokenizer import END_OF_TEXT, UNKNOWN
 from gpt_jax.errors import InputError
 from gpt_jax.files import new_folder
-from gpt_jax.models import GPT, huggingface
+from gpt_jax.models import GPT, GPTConfig, huggingface
 from gpt_jax.parallel import tree_shardings
 
 ORBAX_FOLDER = str(pathlib.Path(ocp.__file__).parent)
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or not record.pathname.startswith(ORBAX_FOLDER)
+    # An error with its traceback is one that is raised as well.
+    told = record.levelno >= logging.ERROR and not record.exc_info
+    return told or not record.pathname.startswith(ORBAX_FOLDER)
 
 
-# orbax logs dozens of lines a save on the logger that the verbs use too; only its own lines below ERROR are dropped
+# orbax logs dozens of lines a save on the logger that the verbs use too; its own lines below ERROR are dropped
 absl_logging.get_absl_logger().addFilter(_not_orbax_chatter)
+# Where one of orbax's writes fails, asyncio tells of each other one that nobody asks for its error any more.
+logging.getLogger('asyncio').addFilter(lambda record: ORBAX_FOLDER not in record.getMessage())
+
+
+@contextlib.contextmanager
+def orbax_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An existing `folder` under a name that orbax takes as it is, for the length of the block.
+
+    It looks for its files by patterns in which `[`, `*` and `?` of the folder's own path are signs of the pattern: it
+    finds none, or another folder's. tensorstore refuses a backslash.
+    """
+    if not set('[*?\\') & set(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix='gpt_jax-') as place:
+        link = pathlib.Path(place, 'folder')
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+
+
+def _not_closed_loops(unraisable: Any, usual: Callable[[Any], None] = sys.unraisablehook) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError) and 'loop is closed' in str(unraisable.exc_value)):
+        usual(unraisable)
+
+
+# Where a read or write fails, tensorstore tells of each other one, at any time later, that its event loop is closed.
+sys.unraisablehook = _not_closed_loops
 
 
 # A tree of parameters (jax.ShapeDtypeStruct) -> where each of them goes; or one place for all.
@@ -56,7 +89,8 @@ class Loaded:
     """One checkpoint's parameters (nested dicts of jax arrays), its `meta`, its step and its folder.
 
     `meta` has `model` (the fields of GPTConfig), `tokenizer` (the text of a tokenizer.json) and
-    `tokenizer_fingerprint`. What training saved has the experiment besides, under `config`.
+    `tokenizer_fingerprint`. What training saved has the experiment besides, under `config`; what came from a Hugging
+    Face directory has its `token_ids` (see `huggingface.read_token_ids`).
     """
 
     params: Any
@@ -67,11 +101,16 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A GPT, its parameters (nested dicts of jax arrays) and the tokenizer of its vocabulary."""
+    """A GPT, its parameters (nested dicts of jax arrays) and the tokenizer of its vocabulary.
+
+    `eos_token_ids` are the tokens that end a text: those that the Hugging Face directory gave which the model came
+    from, of its vocabulary, or else the tokenizer's end of text.
+    """
 
     model: GPT
     params: Any
     tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
 
 
 def load(
@@ -92,7 +131,7 @@ def load(
         abstract tree (jax.ShapeDtypeStruct) to a tree of shardings. None: the default device.
 
     Raises:
-      InputError: as `resolve`, and when a file is missing or damaged.
+      InputError: as `resolve`, when a file is missing or damaged, or a parameter has a value that is NaN or infinite.
     """
     found = path if isinstance(path, Resolved) else resolve(path, step)
     return while_there(found, lambda found: _load(found, sharding or _default_place()))
@@ -111,6 +150,7 @@ def _load(found: Resolved, sharding: Placement) -> Loaded:
             _places(shapes, sharding),
         )
         params = read_items(folder, params=placed)['params']
+        _check_finite(folder, params)
     return Loaded(params, meta, found.step, folder)
 
 
@@ -131,7 +171,15 @@ def load_model(path: str | os.PathLike | Resolved, step: int | None = None, mesh
     beside = found.workdir and found.workdir / 'tokenizer.json'
     if beside and beside.exists() and Tokenizer.load(beside).fingerprint != tokenizer.fingerprint:
         raise InputError(f'{beside} does not match the checkpoint, which carries its own; delete that file')
-    return LanguageModel(GPT(read_model_config(loaded.meta, loaded.folder)), loaded.params, tokenizer)
+    config = read_model_config(loaded.meta, loaded.folder)
+    return LanguageModel(GPT(config), loaded.params, tokenizer, _eos_token_ids(loaded.meta, config, tokenizer))
+
+
+def _eos_token_ids(meta: dict[str, Any], config: GPTConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    given = meta.get('token_ids', {}).get('eos_token_id', [])
+    given = given if isinstance(given, list) else [given]
+    # The model never writes an id beyond its vocabulary; -1 is some people's none.
+    return tuple(dict.fromkeys(id_ for id_ in given if 0 <= id_ < config.vocab_size)) or (tokenizer.end_of_text,)
 
 
 # Where arrays go.
@@ -162,8 +210,9 @@ def stored_shapes(step_folder: pathlib.Path, item: str) -> Any:
     """
     if not (step_folder / item).is_dir():
         return None
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{item: ocp.StandardCheckpointHandler()})) as checkpointer:
-        metadata = checkpointer.metadata(step_folder).item_metadata[item].tree
+    handler = ocp.CompositeCheckpointHandler(**{item: ocp.StandardCheckpointHandler()})
+    with orbax_path(step_folder) as path, ocp.Checkpointer(handler) as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata[item].tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
@@ -203,10 +252,29 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     items = {item: jax.tree.map(placed, tree) for item, tree in items.items()}
     filled = {item: tree for item, tree in items.items() if jax.tree.leaves(tree)}
     handlers = {item: ocp.StandardCheckpointHandler() for item in filled}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+    with orbax_path(step_folder) as path, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         arguments = {item: ocp.args.StandardRestore(tree) for item, tree in filled.items()}
-        restored = checkpointer.restore(step_folder, args=ocp.args.Composite(**arguments))
+        restored = checkpointer.restore(path, args=ocp.args.Composite(**arguments))
     return {item: restored[item] if item in filled else tree for item, tree in items.items()}
+
+
+def _check_finite(step_folder: pathlib.Path, params: Any) -> None:
+    """Raises InputError, naming the parameter, where one has a value that is NaN or infinite."""
+    by_name = _by_name(params)
+
+    def parts(array: jax.Array) -> Iterator[np.ndarray]:
+        """What this process holds, where it lies in host memory: not copied."""
+        for number in range(1 if array.is_fully_replicated else len(array.sharding.addressable_devices)):
+            yield np.asarray(array.addressable_data(number))
+
+    if next(iter(jax.tree.leaves(params)[0].devices())).platform == 'cpu':
+        # Three times as fast as a compiled reduction, and nothing is compiled.
+        finite = {name: all(map(huggingface.is_finite, parts(leaf))) for name, leaf in by_name.items()}
+    else:
+        finite = jax.jit(lambda leaves: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), leaves))(by_name)
+    name = next((name for name, is_finite in finite.items() if not is_finite), None)
+    problem = InputError(f'checkpoint {step_folder}: {name} {huggingface.DIVERGED}') if name else None
+    verifying.raise_together(problem, lambda process: f'checkpoint {step_folder}: see the message of process {process}')
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -236,8 +304,9 @@ def import_huggingface(source: str | os.PathLike, target: str | os.PathLike, mes
         params_handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9)
         handler = ocp.CompositeCheckpointHandler(params=params_handler, meta=ocp.JsonCheckpointHandler())
         items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
+        # orbax puts a folder of its own in the place of this one, whose name is a plain one.
+        with orbax_path(folder.parent) as parent, ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(parent / folder.name, args=ocp.args.Composite(**items), force=True)
         verifying.write(folder)
 
 
@@ -265,7 +334,8 @@ def export_huggingface(
         loaded = load(source, step, _split_over(mesh))
         config = read_model_config(loaded.meta, loaded.folder)
         tokenizer = Tokenizer.from_json(loaded.meta['tokenizer'])
-        ends = {'bos_token_id': tokenizer.end_of_text, 'eos_token_id': tokenizer.end_of_text}
+        ids = dict.fromkeys(huggingface.TOKEN_IDS, tokenizer.end_of_text) | loaded.meta.get('token_ids', {})
+        ends = {key: ids[key] for key in ('bos_token_id', 'eos_token_id')}
         huggingface.save(folder, config, loaded.params, dtype, extra=ends)
         (folder / 'tokenizer.json').write_text(tokenizer.to_json(), encoding='utf-8')
         tokenizer_config = {
@@ -278,9 +348,8 @@ def export_huggingface(
             # As Tokenizer.encode: a literal <|endoftext|> in a text is cut like any other text.
             'split_special_tokens': True,
         }
-        generation_config = ends | {'pad_token_id': tokenizer.end_of_text}
-        for name, document in (('tokenizer', tokenizer_config), ('generation', generation_config)):
-            text = json.dumps(document, indent=2, sort_keys=True) + '\n'
+        for name, document in (('tokenizer', tokenizer_config), ('generation', ids)):
+            text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + '\n'
             (folder / f'{name}_config.json').write_text(text, encoding='utf-8')
 
 

@@ -1,38 +1,135 @@
 """Saving while training goes on, keeping the latest and the best, and resuming from one of them.
 
 What a kill at any moment leaves, and why it can always be resumed:
-  while orbax writes        a temporary folder, cleared away by orbax at the next save
-  before the manifest       a step folder without a manifest: does not count, is cleared away at the next save
-  while an old step goes    `STEP.removed`, renamed before its files go: does not count, cleared away as well
+  while orbax writes        `saving_STEP.orbax-checkpoint-tmp`
+  before the manifest       `saving_STEP`, which becomes `STEP` when the manifest is in it
+  while an old step goes    `STEP.removed`, renamed before its files go
+None of these counts, and the next save clears them away. So a folder `STEP` was finished, whatever is missing in it
+now, and is never deleted as if it had not been: `recover` goes on from an older one, and sets the damaged one aside.
 orbax's own retention deletes old steps as soon as the new one is committed, when its manifest is not there yet; a kill
 in between would leave nothing to resume from. So orbax keeps everything, and old steps go here, after the manifest.
 """
 
 import concurrent.futures
+import contextlib
+import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from gpt_jax.checkpoints import verifying
 from gpt_jax.checkpoints.finding import (
     describe_save,
     finished_steps,
+    is_checkpoint,
     is_step_name,
     read_step_meta,
+    step_names,
     val_losses,
     way_out,
 )
-from gpt_jax.checkpoints.loading import check_tree, leaf_name, read_items
+from gpt_jax.checkpoints.loading import check_tree, leaf_name, orbax_path, read_items
 from gpt_jax.errors import InputError
+from gpt_jax.files import WriteError, system_error
 
 REMOVED = '.removed'
+SAVING = 'saving'
+TEMPORARY = '.orbax-checkpoint-tmp'
+DAMAGED = 'damaged'
+
+
+def recover(folder: str | os.PathLike, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The record of the checkpoint that a run in `folder` goes on from: the newest one of which every byte is right.
+
+    Newer ones that are damaged are set aside, as `damaged-STEP`, and said; nothing is ever deleted. Only the run that
+    writes to `folder` may call this, and of several processes all together.
+
+    Returns:
+      its `meta`, or None where there is no checkpoint at all.
+
+    Raises:
+      InputError: there is none but damaged ones, a newer gpt_jax wrote it, or something else has the name of a step.
+    """
+    link, damaged = pathlib.Path(folder).expanduser(), {}
+    folder = link.resolve()
+    verifying.raise_together(
+        _in_the_way(folder, link if link.is_symlink() else None),
+        lambda process: InputError(f'{folder}: see the message of process {process}'),
+    )
+    steps = iter(sorted(step_names(folder), reverse=True))
+    while (step := _agreed(next(steps, None))) is not None:
+        step_folder = folder / str(step)
+        try:
+            verifying.verify_together(step_folder, way_out=way_out(step_folder))
+            meta = read_step_meta(step_folder)
+        except verifying.DamagedError as error:
+            damaged[step] = error
+            continue
+        for other, error in damaged.items():
+            aside = _set_aside(folder / str(other))
+            say(f'{error.what}: going on from step {step} instead; the damaged one is set aside as {aside}')
+        return meta
+    if damaged:
+        what = damaged[max(damaged)].what
+        raise InputError(
+            f'{what}, and there is no good checkpoint beside it; {verifying.COPY_AGAIN}, or remove the folder {folder} '
+            'to start anew'
+        )
+    return None
+
+
+def _in_the_way(folder: pathlib.Path, link: pathlib.Path | None) -> InputError | None:
+    """What to raise where something that is no checkpoint has the name of one, so that a save would fail one day.
+
+    A `link` may lead to storage for checkpoints elsewhere. One that leads to anything else somebody may have planted.
+    """
+    if not os.path.lexists(folder):
+        return None
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        return InputError(f'{folder} cannot be used for checkpoints ({error.strerror}); move it elsewhere')
+    if link is not None:
+        ours = re.compile(rf'({DAMAGED}-|{SAVING}_)?\d+(-\d+|{re.escape(REMOVED)}|{re.escape(TEMPORARY)}.*)?')
+        other = next((path.name for path in paths if not ours.fullmatch(path.name)), None)
+        if other is not None:
+            return InputError(f'{link} leads to {folder}, where other things are ({other}); remove the link')
+    foreign = [path for path in paths if is_step_name(path.name) and not is_checkpoint(path)]
+    return InputError(f'{foreign[0]} is in the way and no checkpoint: move it elsewhere') if foreign else None
+
+
+def _agreed(step: int | None) -> int | None:
+    """What process 0 has: others may see a shared folder late."""
+    if jax.process_count() == 1:
+        return step
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if step < 0 else step
+
+
+def _set_aside(step_folder: pathlib.Path) -> pathlib.Path:
+    """Renames a step, in process 0, to a name that no reader counts and nothing overwrites; its new place."""
+    suffixes = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
+    paths = (step_folder.with_name(f'{DAMAGED}-{step_folder.name}{suffix}') for suffix in suffixes)
+    aside, problem = next(path for path in paths if not os.path.lexists(path)), None
+    try:
+        if jax.process_index() == 0:
+            os.rename(step_folder, aside)
+    except OSError as error:
+        problem = InputError(f'{step_folder} is damaged and cannot be renamed ({error.strerror}); move it elsewhere')
+    verifying.raise_together(
+        problem, lambda process: InputError(f'{step_folder} is damaged: see the message of process {process}')
+    )
+    return aside
 
 
 class Checkpoints:
@@ -54,6 +151,8 @@ class Checkpoints:
         self._orbax: ocp.CheckpointManager | None = None
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._pending: concurrent.futures.Future | None = None
+        self._failed = False
+        self._at_the_end = contextlib.ExitStack()
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -66,8 +165,9 @@ class Checkpoints:
 
         `params` and `optimizer` are pytrees of arrays; an optimizer without any (None) is left out. `meta` is a JSON
         dict; `format`, `step`, `val_loss` (None where not finite) and `versions` are added to it. A step that is
-        already saved is left as it is, and False returned. Raises what the previous save failed with, TypeError for a
-        leaf or a meta that cannot be stored, InputError where `folder/STEP` is something else.
+        already saved is left as it is, and False returned. A damaged checkpoint in its place is set aside. Raises what
+        the previous save failed with, TypeError for a leaf or a meta that cannot be stored, InputError where
+        `folder/STEP` is something else or the disk is full or cannot be written to.
         """
         self.wait()
         if step in self.steps():
@@ -75,29 +175,54 @@ class Checkpoints:
         params, optimizer = _storable(params), _storable(optimizer)
         meta = {**meta, **describe_save(step, val_loss)}
         json.dumps(meta)  # a meta that is not JSON is refused here, not later in the background
+        with self._told(step):
+            self._start(step, params, optimizer, meta)
+        self._pending = self._finisher.submit(self._finish, step)
+        return True
+
+    def _start(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any]) -> None:
         orbax = self._open()
-        if (self.folder / str(step)).exists():
-            raise InputError(f'{self.folder / str(step)} is in the way and no checkpoint: move it elsewhere')
+        place = self.folder / str(step)
+        if os.path.lexists(place):
+            if not is_checkpoint(place):
+                raise InputError(f'{place} is in the way and no checkpoint: move it elsewhere')
+            _set_aside(place)
+            orbax.reload()  # it would remember a step that it has saved itself
         items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
         if jax.tree.leaves(optimizer):
             items['optimizer'] = ocp.args.StandardSave(optimizer)
         orbax.save(step, args=ocp.args.Composite(**items), force=True)
-        self._pending = self._finisher.submit(self._finish, step)
-        return True
 
-    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+    @contextlib.contextmanager
+    def _told(self, step: int):
+        """What the system refuses in the block, in one line: which step, why, and that nothing is lost."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            cause = system_error(error)
+            if cause is None or isinstance(error, InputError):
+                raise
+            last = self.latest_step()
+            kept = 'no checkpoint was there yet' if last is None else f'the last checkpoint, step {last}, is whole'
+            way_out = f'{kept}; make room, and the same command goes on from there'
+            raise WriteError(self.folder / str(step), cause, way_out) from None
+
+    def restore(self, step: int, params: Any, optimizer: Any, verify: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         """Read a finished step back: `(params, optimizer, meta)`, whole or not at all.
 
         `params` and `optimizer` are the trees to fill, with a jax.ShapeDtypeStruct for every array; arrays go to its
-        `sharding`, or to the default device where it has none. Raises InputError in one line, naming the file or the
-        array, when the step is not there, a file is missing or damaged, or structure, a shape or a dtype differs.
+        `sharding`, or to the default device where it has none. `verify=False` is for a step that `recover` has just
+        verified. Raises InputError in one line, naming the file or the array, when the step is not there, a file is
+        missing or damaged, or structure, a shape or a dtype differs.
         """
         self.wait()
         if step not in self.steps():
             available = ', '.join(map(str, self.steps())) or 'none'
             raise InputError(f'{self.folder} has no checkpoint of step {step}: it has {available}')
         step_folder = self.folder / str(step)
-        verifying.verify_together(step_folder, way_out=way_out(step_folder))
+        if verify:
+            verifying.verify_together(step_folder, way_out=way_out(step_folder))
         check_tree(step_folder, 'params', params)
         check_tree(step_folder, 'optimizer', optimizer)
         meta = self.read_meta(step)
@@ -140,7 +265,9 @@ class Checkpoints:
         # Process 0 writes the manifest and removes old steps, and the others are done before it.
         verifying.raise_together(
             problem,
-            lambda process: f'a checkpoint in {self.folder} was not saved: see the message of process {process}',
+            lambda process: InputError(
+                f'a checkpoint in {self.folder} was not saved: see the message of process {process}'
+            ),
         )
 
     def close(self) -> None:
@@ -151,23 +278,38 @@ class Checkpoints:
             self._finisher.shutdown()
             if self._orbax is not None:
                 orbax, self._orbax = self._orbax, None
-                orbax.close()
+                try:
+                    with self._at_the_end:
+                        orbax.close()
+                except Exception:
+                    if not self._failed:  # else it is what `wait` has raised already
+                        raise
+                if self._failed and jax.process_index() == 0:
+                    # Now, since the disk may be full of it; what cannot be removed, the next run will.
+                    with contextlib.suppress(OSError):
+                        self._remove_leftovers()
 
     def _open(self) -> ocp.CheckpointManager:
         if self._orbax is None:
             if jax.process_index() == 0:
                 self._remove_leftovers()
             # making the manager is a barrier between the processes: none looks at the folder before it is swept
-            options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
-            self._orbax = ocp.CheckpointManager(self.folder, options=options)
+            name = ocp.path.step.standard_name_format(step_prefix=SAVING)
+            options = ocp.CheckpointManagerOptions(create=True, step_name_format=name)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self._at_the_end.enter_context(orbax_path(self.folder))
+            self._orbax = ocp.CheckpointManager(path, options=options)
         return self._orbax
 
     def _finish(self, step: int) -> None:
-        self._orbax.wait_until_finished()
-        verifying.write(self.folder / str(step))
-        if jax.process_index() == 0:
-            for old in self._outdated(step):
-                _remove(self.folder / str(old))
+        with self._told(step):
+            self._orbax.wait_until_finished()
+            saving = self.folder / f'{SAVING}_{step}'
+            verifying.write(saving)
+            if jax.process_index() == 0:
+                os.rename(saving, self.folder / str(step))
+                for old in self._outdated(step):
+                    _remove(self.folder / str(old))
 
     def _outdated(self, saved: int) -> list[int]:
         finished, losses = self.steps(), val_losses(self.folder)
@@ -179,15 +321,15 @@ class Checkpoints:
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
-            if path.name.endswith(REMOVED) and is_step_name(path.name.removesuffix(REMOVED)):
+            name = path.name.removesuffix(TEMPORARY)
+            if name == path.name:
+                name = name.removesuffix(REMOVED) if name.endswith(REMOVED) else name.removeprefix(f'{SAVING}_')
+            if name == path.name or not is_step_name(name.removeprefix(f'{SAVING}_')):
+                continue
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif is_step_name(path.name) and _interrupted(path):
-                _remove(path)
-
-
-def _interrupted(step_folder: pathlib.Path) -> bool:
-    # only what orbax committed: a folder of another making keeps its place, and `save` names it
-    return (step_folder / '_CHECKPOINT_METADATA').exists() and not verifying.exists(step_folder)
+            else:
+                path.unlink()  # somebody's link, which orbax would follow
 
 
 def _remove(step_folder: pathlib.Path) -> None:

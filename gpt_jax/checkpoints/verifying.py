@@ -1,7 +1,7 @@
 """The sha256 of every file of a checkpoint, because orbax restores flipped bytes without a word.
 
-The manifest is the last file written into a step folder and appears in one rename, so it is also the mark of a finished
-checkpoint: a step folder without one was interrupted.
+The manifest is the last file written into a checkpoint, before the folder is given its name: a step folder without one
+has lost it, and nothing vouches for what is in there.
 
 Checkpoints that many processes write are too large for one of them to hash: each hashes a share of the files, on
 writing as on reading. The folder is on storage that they share.
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gpt_jax.errors import InputError
-from gpt_jax.files import remove_leftovers, replacing, sha256
+from gpt_jax.files import read_json, remove_leftovers, replacing, sha256
 
 NAME = 'manifest.sha256.json'
 FORMAT = 'gpt_jax checkpoint manifest 1'
@@ -29,6 +29,18 @@ COPY_AGAIN = 'copy the checkpoint again from where it came from'
 SHARE_TIMEOUT_MS = 10 * 60 * 1000
 
 _times_written: collections.Counter[str] = collections.Counter()
+
+
+class DamagedError(InputError):
+    """A checkpoint is not what was saved.
+
+    Attributes:
+      what: which file of it, and how, in a few words; the message adds the way out.
+    """
+
+    def __init__(self, what: str, way_out: str = COPY_AGAIN):
+        super().__init__(f'{what}: {way_out}')
+        self.what = what
 
 
 def write(folder: pathlib.Path) -> None:
@@ -63,27 +75,30 @@ def verify(
     """Compare the files of `folder` with its manifest; files that the manifest does not list are not looked at.
 
     `wanted` limits the check to files by name (relative, with slashes). `part=(i, n)` checks the i-th of n shares, so
-    that n processes divide the reading. Raises InputError, which names the first file that is missing, has another size
-    or other bytes, and ends in `way_out`.
+    that n processes divide the reading. Raises DamagedError, which names the first file that is missing, unreadable, of
+    another size or of other bytes, and ends in `way_out`.
     """
     files = _read(folder, way_out)
     names = [name for name in files if wanted(name)]
     if not names:  # else a damaged list would leave nothing to compare, and everything would pass
-        raise InputError(f'{folder / NAME} is damaged (it lists too few files): {way_out}')
+        raise DamagedError(f'{folder / NAME} is damaged (it lists too few files)', way_out)
 
     def damage(name: str) -> str | None:
         path, expected = folder / name, files[name]
         if not path.is_file():
             return f'{path} is missing'
-        if path.stat().st_size != expected['bytes']:
-            return f'{path} has {path.stat().st_size} bytes instead of {expected["bytes"]}'
-        return None if sha256(path) == expected['sha256'] else f'{path} is damaged (its sha256 differs)'
+        try:
+            if path.stat().st_size != expected['bytes']:
+                return f'{path} has {path.stat().st_size} bytes instead of {expected["bytes"]}'
+            return None if sha256(path) == expected['sha256'] else f'{path} is damaged (its sha256 differs)'
+        except OSError as error:
+            return f'{path} cannot be read ({error.strerror})'
 
     # hashlib lets go of the interpreter lock, so threads divide the hashing between the cores
     with concurrent.futures.ThreadPoolExecutor() as executor:
         for problem in executor.map(damage, names[part[0] :: part[1]]):
             if problem:
-                raise InputError(f'{problem}: {way_out}')
+                raise DamagedError(problem, way_out)
 
 
 def verify_together(
@@ -95,11 +110,14 @@ def verify_together(
         verify(folder, wanted, part=(jax.process_index(), jax.process_count()), way_out=way_out)
     except InputError as error:
         problem = error
-    raise_together(problem, lambda process: f'{folder} is damaged, process {process} names the file: see its message')
+    raise_together(
+        problem,
+        lambda process: DamagedError(f'{folder} is damaged, process {process} names the file', 'see its message'),
+    )
 
 
-def raise_together(problem: Exception | None, message: Callable[[int], str]) -> None:
-    """Raise `problem`; in the processes that have none an InputError with `message(process)`, of one that has.
+def raise_together(problem: Exception | None, elsewhere: Callable[[int], InputError]) -> None:
+    """Raise `problem`; in the processes that have none `elsewhere(process)`, of one that has.
 
     Every process must call this at the same point of its main thread. One that went on alone would wait forever for
     the others at the next thing that they do together.
@@ -107,7 +125,7 @@ def raise_together(problem: Exception | None, message: Callable[[int], str]) -> 
     if jax.process_count() > 1:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(problem is not None)))
         if failed.size and problem is None:
-            problem = InputError(message(failed[0]))
+            problem = elsewhere(failed[0])
     if problem is not None:
         raise problem
 
@@ -155,14 +173,14 @@ def _hash(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict]:
 
 def _read(folder: pathlib.Path, way_out: str) -> dict[str, dict]:
     path = folder / NAME
+    if not path.is_file():
+        raise DamagedError(f'{folder} has no {NAME}', way_out)
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
         if document['format'] != FORMAT:
             raise ValueError(f'unknown format {document["format"]!r}')
         return {
             name: {'bytes': int(entry['bytes']), 'sha256': entry['sha256']} for name, entry in document['files'].items()
         }
-    except FileNotFoundError:
-        raise InputError(f'{folder} has no {NAME}, its saving was interrupted: {way_out}') from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{path} is damaged ({type(error).__name__}): {way_out}') from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedError(f'{path} is damaged ({type(error).__name__})', way_out) from error

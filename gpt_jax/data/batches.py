@@ -98,7 +98,8 @@ class ValidationBatches:
         """Takes tokens [count]. Raises InputError where they are fewer than two, or batch_size is not positive."""
         if len(tokens) < 2:
             raise InputError(
-                f'the validation split has {len(tokens)} tokens, too few to predict one; use a larger corpus'
+                f'the validation split has {len(tokens)} tokens, too few to predict one; '
+                'raise data.validation_fraction, or use a larger corpus'
             )
         _check_batch_size(batch_size)
         self.batch_size, self.block_size = batch_size, block_size

@@ -3,13 +3,15 @@
 import abc
 import dataclasses
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpt_jax.errors import InputError
 
 SPLITS = ('train', 'validation')
+MOST_PLACES = 10_000  # documents that are looked at for a better share of validation
 PART_BYTES = 2**26  # of a source, in one part: what a killed preparation loses at most, for each worker
 _SURROGATE = re.compile('[\ud800-\udfff]')
 
@@ -56,12 +58,19 @@ class Corpus(abc.ABC):
       key: hex sha256 of what was asked for, known without a network; names the folder of the prepared data.
       fingerprint: hex sha256 that stands for the text and its splits; the same text has the same one.
       split_rule: in words, what is held out.
+      separator: that plain text is cut at, `data.separator`; '': none.
     """
 
     name: str
     key: str
     fingerprint: str
     split_rule: str
+    separator = ''
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name
 
     def resolve(self, recorded: Mapping[str, Any] | None = None) -> 'Corpus':
         """The corpus with all known that reading it takes; asks a network unless a former `source()` is `recorded`."""
@@ -82,6 +91,10 @@ class Corpus(abc.ABC):
     def source(self) -> dict[str, Any]:
         """Where the text is from, for the manifest."""
 
+    def notices(self, end_of_text: Iterable[str]) -> Iterator[str]:
+        """What looks like a mistake of the user's, in a line each; `end_of_text`: markers that end documents."""
+        return iter(())
+
     def documents(self, split: str) -> Iterator[str]:
         """The passages' text of `split` ('train' or 'validation') from the first one; call again to start again.
 
@@ -98,7 +111,7 @@ class Corpus(abc.ABC):
                 empty = False
                 yield text
         if empty:
-            raise empty_split(split, self.name)
+            raise self.empty_split(split)
 
     def texts(self, part: Part, split: str) -> Iterator[str]:
         """What a part has of `split`, which may be nothing."""
@@ -110,10 +123,25 @@ class Corpus(abc.ABC):
         """What turns the source's bytes into text."""
         return Decoder(replaces=False)
 
+    def empty_split(self, split: str) -> InputError:
+        """What to raise where there is nothing for a split; reads documents again, to name a share that helps."""
+        texts = (passage.text for part in self.parts() for passage in self._fetched(part))
+        places = sorted({_place_of(text) for text in itertools.islice(filter(None, texts), MOST_PLACES)})
+        if not places:
+            way = 'no document has any text; name a corpus that has some, or another --config.data.column'
+        elif len(places) < 2:
+            way = 'there is 1 document that differs from others, in one split; name a larger corpus, such as '
+            way += '--config.data.path=FILE, or cut a text up, e.g. with --config.data.documents=block'
+        else:
+            middle = 1 if split == 'validation' else len(places) // 2
+            fraction = _between(places[middle - 1], places[middle])
+            more = ' or more' if len(places) == MOST_PLACES else ''
+            way = f'none of {len(places):,}{more} documents is there; set --config.data.validation_fraction={fraction}'
+        return InputError(f'the {split} split of {self.label} is empty ({self.split_rule}): {way}')
 
-def empty_split(split: str, name: str) -> InputError:
-    """What to raise where a corpus has nothing for a split."""
-    return InputError(f'the {split} split of {name} is empty: use a larger corpus, such as --config.data.path=FILE')
+    def _fetched(self, part: Part) -> Iterator[Passage]:
+        self.fetch(part)
+        return self.read(part, self.decoder())
 
 
 @dataclasses.dataclass
@@ -159,10 +187,38 @@ def _invalid(what: str) -> InputError:
 
 def split_of(text: str, fraction: float) -> str:
     """The split of a document of which `fraction` are held out: by its text, so that copies are never in both."""
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-    return 'validation' if draw < fraction * 2**64 else 'train'
+    return 'validation' if _place_of(text) < fraction * 2**64 else 'train'
+
+
+def _place_of(text: str) -> int:
+    """Where a document stands among all that may be, from 0 to 2^64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def _between(low: int, high: int) -> float:
+    """A share, with few digits, that holds out the documents up to `low` and none from `high` on."""
+    for digits in range(1, 18):
+        fraction = round((low + high) / 2 / 2**64, digits)
+        if low < fraction * 2**64 <= high and fraction < 1:
+            break
+    return fraction
 
 
 def by_hash(fraction: float) -> str:
     """The `split_rule` of corpora that `split_of` divides."""
     return f'{fraction} of the documents, by the hash of their text; copies are in the same split'
+
+
+def split_stretches(stretches: Iterable[str], separator: str) -> Iterator[str]:
+    """`''.join(stretches).split(separator)`, of which one item at a time is held."""
+    held, tail = [], ''  # of an item that goes on: its stretches, and what may be the beginning of a separator
+    for text in stretches:
+        *ends, last = (tail + text).split(separator)
+        for end in ends:
+            held.append(end)
+            yield ''.join(held)
+            held.clear()
+        certain = max(len(last) - len(separator) + 1, 0)
+        held.append(last[:certain])
+        tail = last[certain:]
+    yield ''.join([*held, tail])

@@ -7,20 +7,26 @@ write all text a second time, as Arrow files.
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
+import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
-from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, by_hash, split_of
+from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, by_hash, split_of, split_stretches
+from gpt_jax.data.formats import text_bytes
+from gpt_jax.data.tokenizer import up_to
 from gpt_jax.errors import InputError, first_line
 
 ANSWER_SECONDS = 4.0
 FRACTION = 0.005  # of the documents, where a dataset has no validation split of its own
 BATCH_ROWS = 64  # read at a time: a row is a document, which may be long
+LOOK_CHARACTERS = 2**22  # of plain text, that are looked at for markers
 CONVERTED = 'refs/convert/parquet'  # the hub's own conversion: CONFIG/SPLIT/0000.parquet, without a card
 ADDRESS = re.compile(r'hub:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<config>[^:@]+))?')
 # What datasets call our splits; of their others ('test') nothing is read.
@@ -42,6 +48,7 @@ class HubCorpus(Corpus):
       restores: whether rows are lines of articles, as in WikiText.
       replaces: whether invalid UTF-8 is replaced.
       streaming: whether files are read over the network.
+      separator: that stands between the documents of plain text; '': a line is one.
       commit: what the revision stands for; '' until `resolve`.
       files: (split, path, bytes) of the files at that commit.
       format: the `datasets` loader of the files, such as 'parquet', 'json' or 'csv'.
@@ -57,6 +64,7 @@ class HubCorpus(Corpus):
     restores: bool = False
     replaces: bool = False
     streaming: bool = False
+    separator: str = ''
     commit: str = ''
     files: tuple[tuple[str, str, int], ...] = ()
     format: str = 'parquet'
@@ -131,6 +139,19 @@ class HubCorpus(Corpus):
         sizes = {split: sum(part.size for part in parts if part.split == split) for split in present}
         return [Part('', split=split, size=sizes[split]) for split in present]
 
+    def notices(self, end_of_text: Iterable[str]) -> Iterator[str]:
+        """Markers at the beginning of plain text; nothing before `resolve`, as the files are not known then."""
+        if self.format != 'text' or not self.files or self.separator:
+            return
+        path = self._read_files[0][1]
+        text = ''.join(up_to(LOOK_CHARACTERS, self._rows(path, (0, 1), Decoder(replaces=True))))
+        for marker in dict.fromkeys(end_of_text):
+            if marker in text:
+                yield (
+                    f'data.corpus={self.name}: at least {text.count(marker)} times {marker} in {path}, taken for '
+                    f'ordinary text; to end documents there: --config.data.separator={shlex.quote(marker)}'
+                )
+
     def fetch(self, part: Part) -> None:
         """Downloads the part's files into the hub's cache, unless they are there or are streamed."""
         if not self.streaming:
@@ -141,14 +162,15 @@ class HubCorpus(Corpus):
     def read(self, part: Part, decoder: Decoder) -> Iterator[Passage]:
         """The passages of a part."""
         share = (0, 1) if self.restores else (part.start, part.stop)
-        texts = (text for path in self._paths(part) for text in self._rows(path, share, decoder))
+        texts = (text for path in self._paths(part) for text in self._documents_of(path, share, decoder))
         for text in articles(texts) if self.restores else texts:
             if text:
                 yield Passage(part.split or split_of(text, self._fraction), text)
 
     @property
     def _reading(self) -> list[Any]:
-        return [self.config, self.column, self.fraction, self.restores, self.replaces]
+        separator = [self.separator] if self.separator else []
+        return [self.config, self.column, self.fraction, self.restores, self.replaces, *separator]
 
     @property
     def _fraction(self) -> float:
@@ -247,36 +269,42 @@ class HubCorpus(Corpus):
 
     def _stream(self, path: str, **options: Any) -> Any:
         """The `datasets.IterableDataset` of one file."""
-        files = {'train': [self._location(path)]}
+        location = self._location(path)
+        # What `datasets` takes for a pattern, unless it is an address.
+        files = {'train': [location if self.streaming else glob.escape(location)]}
         return _datasets().load_dataset(
-            self.format, data_files=files, split='train', streaming=True, **self.options, **options
+            self.format, data_files=files, split='train', streaming=True, **(dict(self.options) | options)
         )
+
+    def _documents_of(self, path: str, share: tuple[int, int], decoder: Decoder) -> Iterator[str]:
+        """The documents of a share of a file: its rows, or what stands between separators in plain text."""
+        rows = self._rows(path, share, decoder)
+        if self.format != 'text':
+            return rows
+        # A byte order mark, which is no text and which `datasets` leaves there.
+        rows = itertools.chain((row.removeprefix('\ufeff') for row in itertools.islice(rows, 1)), rows)
+        if not self.separator:
+            return rows
+        return (text for text in split_stretches(rows, self.separator) if not text.isspace())
 
     def _rows(self, path: str, share: tuple[int, int], decoder: Decoder) -> Iterator[str]:
         """The texts of a share (i of n, from 0) of a file, '' where a row has none."""
-        import pyarrow
-
         where = f'{self._where}/{path}'
         with self._asking():
             for table in self._tables(path, share):
                 if self.column not in table.column_names:
                     raise self._no_column(where, table.column_names)
-                type_ = table.schema.field(self.column).type
-                if pyarrow.types.is_null(type_):
-                    type_ = pyarrow.string()  # as JSON's reader has it where all of a stretch is null
-                if not (pyarrow.types.is_string(type_) or pyarrow.types.is_large_string(type_)):
-                    raise InputError(
-                        f'data.column={self.column}: of type {type_} in {where}, not text; name another column'
-                    )
-                # As bytes: pyarrow takes the writer's word that they are UTF-8.
-                for data in table.column(self.column).cast(type_).cast(pyarrow.large_binary()).to_pylist():
-                    yield decoder.text(data or b'', f'a row of {where}')
+                for chunk in table.column(self.column).chunks:
+                    for data in text_bytes(chunk, self.column, where):
+                        yield decoder.text(data or b'', f'a row of {where}')
 
     def _tables(self, path: str, share: tuple[int, int]) -> Iterator[Any]:
         # Other columns of parquet are not read at all.
         only = {'columns': [self.column], 'batch_size': BATCH_ROWS} if self.format == 'parquet' else {}
+        if self.format == 'text' and self.separator:
+            only = {'keep_linebreaks': True}  # a separator may stand between them
         stream = self._stream(path, **only)
-        if only and self.column not in stream.features:
+        if self.format == 'parquet' and self.column not in stream.features:
             raise self._no_column(f'{self._where}/{path}', list(self._stream(path).features))
         streams = [stream]
         if share != (0, 1):
@@ -336,6 +364,7 @@ def load_hub(config: DataConfig) -> HubCorpus:
         column=config.column,
         replaces=config.invalid_bytes == 'replace',
         streaming=config.streaming,
+        separator=config.separator or '',
         **settings,
     )
 

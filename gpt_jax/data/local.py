@@ -1,57 +1,51 @@
 """Corpora in local files: plain text, JSON lines (also compressed), parquet.
 
 Plain text is one document a file ('file'), one a block between blank lines ('block'), or all of it one running text
-whose last tenth is held out ('whole'). In all but the last, documents are held out by the hash of their text. A running
-text has none to hash, so a passage that stands in it twice may be in both splits.
-
-JSON lines and parquet are read with json and pyarrow. `datasets`, which reads those of the hub, cannot start in the
-middle of a file of JSON lines, so that a large one would keep one process busy and the others waiting, and it does not
-say in which line an error is.
+whose last tenth is held out ('whole'). With a separator it is one between two of them, and within these one a block
+where blocks are asked for. In all but a running text, documents are held out by the hash of their text. A running text
+has none to hash, so a passage that stands in it twice may be in both splits.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
-import io
 import json
 import mmap
 import os
 import pathlib
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
-from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, by_hash, split_of
+from gpt_jax.data import formats
+from gpt_jax.data.corpus import Corpus, Decoder, Part, Passage, by_hash, split_of, split_stretches
+from gpt_jax.data.formats import ENDLESS, FileFormat, blocks, detect, json_rows, parquet_rows, texts
 from gpt_jax.data.tokenizer import safe_end
-from gpt_jax.errors import InputError, first_line
-from gpt_jax.files import replacing, sha256
+from gpt_jax.errors import InputError, one_line
+from gpt_jax.files import check_local, read_json, replacing, sha256
 
 TEXT_FRACTION = 0.1  # of the characters of a running text
 DOCUMENTS_FRACTION = 0.05
-BLOCK_BYTES = 2**22
-ENDLESS = 2**62  # where a compressed file ends is not known before it was read
-BATCH_ROWS = 64
-COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
-LINE_BYTES = 2**28  # a longer line of JSON is no document
 SUMS = 'files.json'  # in the cache folder: path -> [size, time of change, sha256]
 LARGE = 64 * 2**20  # bytes; smaller files are read each time
 # A file changed so shortly ago may change again without a later time of change, and is not remembered.
 SETTLED_NS = 2 * 10**9
-KINDS = {'.jsonl': 'json', '.parquet': 'parquet'}
+ROWS = ('json', 'parquet')  # kinds whose documents are rows
 BLANK_LINES = r'\n(?:[ \t\r]*\n)+'
-# A part may end after such bytes.
+# A part may end after such bytes, or after a separator where there is one.
 BOUNDARIES = {
     'json': re.compile(rb'\n'),
     'block': re.compile(BLANK_LINES.encode()),
     # A cut as `tokenizer.pieces` makes it, for certain: no space of Unicode ends in these bytes.
     'whole': re.compile(rb'[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?=[ \t\r\n])'),
 }
+_FORM = 'name existing .txt, .jsonl or .parquet files'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +54,14 @@ class LocalCorpus(Corpus):
 
     Attributes:
       paths: the files in their order.
-      kind: 'whole', 'file', 'block', 'json' or 'parquet'.
+      kind: 'whole', 'file', 'block', 'separated', 'json' or 'parquet'.
       column: of the last two: where the text is.
       fraction: share of the documents that is held out; of 'whole', of the characters.
       replaces: whether invalid UTF-8 is replaced.
       cache: the folder that remembers the files' sums.
+      formats: of each file.
+      separator: that stands between the documents of plain text; '': none does.
+      passed_over: what the path matches beside files: pipes, sockets, devices.
     """
 
     paths: tuple[pathlib.Path, ...]
@@ -73,7 +70,16 @@ class LocalCorpus(Corpus):
     fraction: float
     replaces: bool
     cache: pathlib.Path
+    formats: tuple[FileFormat, ...]
+    separator: str = ''
+    passed_over: tuple[pathlib.Path, ...] = ()
     name: str = 'text'
+
+    @property
+    def label(self) -> str:
+        """The first of its files, and how many others there are."""
+        others = f' and {len(self.paths) - 1} others' if len(self.paths) > 1 else ''
+        return one_line(f'data.path={self.paths[0]}{others}')
 
     @property
     def key(self) -> str:
@@ -83,8 +89,14 @@ class LocalCorpus(Corpus):
     @property
     def fingerprint(self) -> str:
         """Of the files' content, not of their names."""
-        column = self.column if self.kind in KINDS.values() else ''
-        settings = [self.kind, column, self.fraction, self.replaces, [file['sha256'] for file in self._files]]
+        column = self.column if self.kind in ROWS else ''
+        settings: list[Any] = [self.kind, column, self.fraction, self.replaces]
+        settings.append([file['sha256'] for file in self._files])
+        if self.separator:
+            settings.append(['separator', self.separator])
+        if self.kind not in ROWS and any(format_.bom for format_ in self.formats):
+            # Earlier versions, whose data have no such entry, took the mark for a character of the text.
+            settings.append('no byte order marks')
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     @property
@@ -96,7 +108,7 @@ class LocalCorpus(Corpus):
 
     def source(self) -> dict[str, Any]:
         """The files, with their sizes and sums."""
-        return {'kind': self.kind, 'files': self._files}
+        return {'kind': self.kind, 'files': self._files} | ({'separator': self.separator} if self.separator else {})
 
     def decoder(self) -> Decoder:
         """As `data.invalid_bytes` says."""
@@ -107,15 +119,17 @@ class LocalCorpus(Corpus):
         if self.kind == 'file':
             return list(self._groups())
         parts = []
-        for path, file in zip(self.paths, self._files, strict=True):
+        for path, format_, file in zip(self.paths, self.formats, self._files, strict=True):
             size = file['bytes']
             if self.kind == 'parquet':
                 shares = -(-size // corpora.PART_BYTES)
                 parts += [Part(str(path), share, shares, size=size // shares) for share in range(shares)]
-            elif compressed(path):
+            elif format_.compression or (self.kind == 'json' and format_.kind == 'array'):
                 parts.append(Part(str(path), 0, ENDLESS, size=size))
-            elif self.kind != 'whole':
+            elif self.kind == 'json':
                 parts += self._stretches(path, 0, size)
+            elif self.kind != 'whole':
+                parts += self._stretches(path, format_.bom, size)
         return self._halves() if self.kind == 'whole' else parts
 
     def read(self, part: Part, decoder: Decoder) -> Iterator[Passage]:
@@ -125,22 +139,91 @@ class LocalCorpus(Corpus):
             yield from _running(path, part, decoder)
             return
         if self.kind == 'json':
-            texts = json_rows(path, self.column, part.start, part.stop, decoder)
+            documents = json_rows(path, self.column, part.start, part.stop, decoder)
         elif self.kind == 'parquet':
-            texts = parquet_rows(path, self.column, (part.start, part.stop), decoder)
-        elif self.kind == 'block':
-            texts = _parted(_texts(path, part.start, part.stop, decoder))
+            documents = parquet_rows(path, self.column, (part.start, part.stop), decoder)
+        elif self.kind == 'file':
+            documents = (''.join(texts(path, decoder)) for path in self.paths[part.start : part.stop])
         else:
-            texts = (''.join(_texts(path, 0, ENDLESS, decoder)) for path in self.paths[part.start : part.stop])
-        for text in texts:
+            documents = self._cut(texts(path, decoder, part.start, part.stop))
+        for text in documents:
             if text:
                 yield Passage(split_of(text, self.fraction), text)
+
+    def notices(self, end_of_text: Iterable[str]) -> Iterator[str]:
+        """What looks like a mistake, in a line each with the way out.
+
+        Args:
+          end_of_text: markers that end documents in other people's files.
+        """
+        for path in self.passed_over:
+            yield one_line(f'data.path: passed over {path}, which is no regular file')
+        if self.kind in ROWS:
+            return
+        for path, format_ in zip(self.paths, self.formats, strict=True):
+            if format_.row:
+                yield one_line(
+                    f'data.path={path} looks like rows of JSON and is trained on as text, braces and all; to train on '
+                    f'what their key {self.column!r} holds, name it .jsonl'
+                )
+                break
+        for marker in dict.fromkeys(end_of_text) if not self.separator else ():
+            count, complete = self._count(marker.encode())
+            if count:
+                yield (
+                    f'{self.label}: {"" if complete else "at least "}{count} times {marker} in the text, taken for '
+                    f'ordinary text; to end documents there: --config.data.separator={shlex.quote(marker)}'
+                )
+
+    def empty_split(self, split: str) -> InputError:
+        """As of every corpus; of a running text, in characters."""
+        if self.kind != 'whole':
+            return super().empty_split(split)
+        count = sum(len(text) for path in self.paths for text in texts(path, self.decoder()))
+        way = 'name a larger file' if count < 2 else 'set --config.data.validation_fraction=0.5'
+        return InputError(
+            f'the {split} split of {self.label} is empty: there is none of {count} characters for it with '
+            f'data.validation_fraction={self.fraction}; {way}'
+        )
+
+    def _cut(self, stretches: Iterator[str]) -> Iterator[str]:
+        """The documents of plain text that is cut by separators, by blank lines, or by both."""
+        if not self.separator:
+            yield from _parted(stretches)
+            return
+        for text in split_stretches(stretches, self.separator):
+            if self.kind == 'block':
+                yield from _parted(iter((text,)))
+            elif not text.isspace():  # what is left between a separator and the end of the file, say
+                yield text
+
+    def _count(self, marker: bytes) -> tuple[int, bool]:
+        """How often `marker` stands in the first LARGE bytes, and whether these are all."""
+        count, left = 0, LARGE
+        for path in self.paths:
+            tail = b''
+            for data in blocks(path):
+                data = tail + data
+                count += data.count(marker)
+                tail = data[max(len(data) - len(marker) + 1, 0) :]
+                left -= len(data)
+                if left <= 0:
+                    return count, False
+        return count, True
 
     @functools.cached_property
     def _files(self) -> list[dict[str, Any]]:
         files = describe_files(self.paths, self.cache)
-        if not any(file['bytes'] for file in files):
-            raise InputError(f'data.path={self.paths[0]}: the file is empty; name one with text in it')
+        sizes = [file['bytes'] - format_.bom for file, format_ in zip(files, self.formats, strict=True)]
+        if not any(sizes):
+            mark = ' but for a byte order mark' if any(format_.bom for format_ in self.formats) else ''
+            raise InputError(f'{self.label}: the file is empty{mark}; name one with text in it')
+        if self.kind not in ROWS and not any(
+            text.strip() for path in self.paths for text in texts(path, Decoder(replaces=True))
+        ):
+            raise InputError(
+                f'{self.label}: {sum(sizes)} bytes of nothing but white space; name a file with text in it'
+            )
         return files
 
     def _groups(self) -> Iterator[Part]:
@@ -155,20 +238,21 @@ class LocalCorpus(Corpus):
         """The parts of a running text: those before the place where validation begins, and those after it."""
         middle_file, middle = self._middle
         before, after = [], []
-        for number, (path, file) in enumerate(zip(self.paths, self._files, strict=True)):
+        for number, (path, format_, file) in enumerate(zip(self.paths, self.formats, self._files, strict=True)):
             cut = middle if number == middle_file else file['bytes'] if number < middle_file else 0
-            before += self._stretches(path, 0, cut, 'train')
+            cut = max(cut, format_.bom)
+            before += self._stretches(path, format_.bom, cut, 'train')
             after += self._stretches(path, cut, file['bytes'], 'validation')
         return before + after
 
     @functools.cached_property
     def _middle(self) -> tuple[int, int]:
         """File and byte where the validation part of a running text begins."""
-        counts, places = [0], [(0, 0)]  # characters before each block, and where it begins
+        counts, places = [0], [(0, self.formats[0].bom)]  # characters before each block, and where it begins
         decoder = self.decoder()
         for number, path in enumerate(self.paths):
-            position = 0
-            for data in _read_blocks(path):
+            position = self.formats[number].bom
+            for data in blocks(path, position):
                 places[-1] = (number, position)
                 counts.append(counts[-1] + len(decoder.text(data, f'data.path={path}', position)))
                 position += len(data)
@@ -178,7 +262,7 @@ class LocalCorpus(Corpus):
         number, position = places[block]
         with open(self.paths[number], 'rb') as file:
             file.seek(position)
-            data = file.read(BLOCK_BYTES + 4)  # the block and what may be left of the one before
+            data = file.read(formats.BLOCK_BYTES + 4)  # the block and what may be left of the one before
         characters = target - counts[block]
         # The longest beginning of so many characters: the first byte of one more would count as one.
         ends = range(len(data) + 1)
@@ -193,85 +277,130 @@ class LocalCorpus(Corpus):
             while start < stop:
                 end = stop
                 if stop - start > corpora.PART_BYTES:
-                    match = BOUNDARIES[self.kind].search(content, start + corpora.PART_BYTES, stop)
-                    end = match.end() if match else stop
+                    end = self._boundary(content, start, start + corpora.PART_BYTES, stop)
                 yield Part(str(path), start, end, split, ends_document=end == stop, size=end - start)
                 start = end
 
+    def _boundary(self, content: mmap.mmap, start: int, wanted: int, stop: int) -> int:
+        """The end of a part that begins at `start`: the first place after `wanted` where one may end."""
+        boundary = re.compile(re.escape(self.separator.encode())) if self.separator else BOUNDARIES[self.kind]
+        # Which of several equal signs make up a separator is known only from the beginning.
+        found = boundary.finditer(content, start if overlaps_itself(self.separator) else wanted, stop)
+        return next((match.end() for match in found if match.end() > wanted), stop)
 
-def load_local(config: DataConfig) -> LocalCorpus:
-    """The files that `data.path` names. Raises InputError where there are none, or of several kinds."""
-    paths = _find(config.path)
-    kinds = {_kind(path, config.documents) for path in paths}
+
+def load_local(config: DataConfig, in_mixture: bool = False) -> LocalCorpus:
+    """The files that `data.path` names.
+
+    Args:
+      config: with a `path`.
+      in_mixture: a separator that does not occur in the files is for others.
+
+    Raises InputError where there are none, or of several kinds, or where `data.separator` does not occur in them.
+    """
+    paths, passed_over = find_files(config.path, f'data.path={config.path}')
+    found = [detect(path) for path in paths]
+    kinds = {_kind(path, format_, config) for path, format_ in zip(paths, found, strict=True)}
     if len(kinds) > 1:
         raise InputError(f'data.path={config.path}: matches files of several kinds; name one kind, such as *.jsonl')
     kind = kinds.pop()
+    separator = config.separator or ''
+    if separator and (kind in ROWS or not any(_holds(path, separator) for path in paths)):
+        if not in_mixture:
+            why = 'a document is a row' if kind in ROWS else 'it does not occur'
+            raise InputError(f'data.separator={separator!r}: {why} in data.path={config.path}; correct or unset it')
+        separator = ''
+    if separator and kind != 'block':
+        kind = 'separated'
     fraction = config.validation_fraction or (TEXT_FRACTION if kind == 'whole' else DOCUMENTS_FRACTION)
-    corpus = LocalCorpus(tuple(paths), kind, config.column, fraction, config.invalid_bytes == 'replace', config.cache)
+    replaces = config.invalid_bytes == 'replace'
+    corpus = LocalCorpus(
+        tuple(paths), kind, config.column, fraction, replaces, config.cache, tuple(found), separator, tuple(passed_over)
+    )
     corpus.source()  # files that cannot be read are refused here
     return corpus
 
 
-def _find(pattern: str) -> list[pathlib.Path]:
-    path = pathlib.Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        raise InputError(f'data.path={pattern}: is a directory; name a file, or files as {pattern}/*.txt')
-    found = sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True))
-    found = [path for path in found if path.is_file()]
-    if not found:
-        raise InputError(f'data.path={pattern}: no such file; name existing .txt, .jsonl or .parquet files')
-    return found
+def _kind(path: pathlib.Path, format_: FileFormat, config: DataConfig) -> str:
+    if format_.kind == 'parquet':
+        return 'parquet'
+    # Files of source code, each a document, are often in JSON as well.
+    is_source = format_.named == 'json' and config.documents == 'file' and not format_.compression
+    if not (format_.named or format_.compression) or (is_source and config.column not in format_.row):
+        return config.documents
+    if format_.named == 'json' and format_.kind == 'object':
+        way = f'write an object a line, as jq -c . {shlex.quote(str(path))} does'
+        raise InputError(f'data.path={path}: neither an object a line nor one array of objects; {way}')
+    return 'json'
 
 
-def _kind(path: pathlib.Path, documents: str) -> str:
-    inner = path.with_suffix('') if compressed(path) else path
-    kind = KINDS.get(inner.suffix, documents)
-    if compressed(path) and kind != 'json':
-        raise InputError(f'data.path={path}: of compressed files only .jsonl is read; uncompress it')
-    return kind
-
-
-def _read_blocks(path: pathlib.Path, start: int = 0, stop: int = ENDLESS) -> Iterator[bytes]:
-    """The bytes of a file, some megabytes at a time, no character cut in two."""
+def _holds(path: pathlib.Path, separator: str) -> bool:
     try:
-        with open(path, 'rb') as file:
-            file.seek(start)
-            rest = b''
-            while data := file.read(min(BLOCK_BYTES, stop - file.tell())):
-                data = rest + data
-                end = _whole_characters(data)
-                rest = data[end:]
-                if end:
-                    yield data[:end]
-            if rest:
-                yield rest
+        if not os.path.getsize(path):
+            return False
+        with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(separator.encode()) >= 0
     except OSError as error:
         raise InputError(f'data.path={path}: cannot be read ({error.strerror}); name a readable file') from None
 
 
-def _whole_characters(data: bytes) -> int:
-    """How many bytes there are before a character that the end of `data` cuts in two."""
-    for back in range(1, min(4, len(data) + 1)):
-        byte = data[-back]
-        if byte >= 0b11000000:
-            length = 2 if byte < 0b11100000 else 3 if byte < 0b11110000 else 4
-            return len(data) - back if length > back else len(data)
-        if byte < 0b10000000:
-            break
-    return len(data)
+def find_files(pattern: str, name: str) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """The files that a path or a pattern names, sorted, and what else it matches that is no folder.
+
+    What is there under the very name is taken by it; a pattern is matched only where nothing is. Folders at its
+    beginning that exist are taken by their names, too, so that `texts [1]/*.txt` is what it seems.
+
+    Args:
+      pattern: a path, in which *, ?, [...] and ** may stand for others.
+      name: what messages call it.
+
+    Raises InputError where there is no file.
+    """
+    if not pattern.strip():
+        raise InputError(f'{name} is empty; {_FORM}')
+    if '\0' in pattern:
+        raise InputError(f'{name}: no such file; {_FORM}')
+    path = os.path.expanduser(pattern)
+    if os.path.isdir(path):
+        raise InputError(f'{name}: is a directory; name a file, or files as {os.path.join(pattern, "*.txt")}')
+    if os.path.exists(path):
+        return [pathlib.Path(path)], []  # whether it is a regular file is seen when it is opened
+    found = sorted(map(pathlib.Path, _matches(path)))
+    files = [path for path in found if path.is_file()]
+    rest = [path for path in found if not path.is_file() and not path.is_dir()]
+    if not files:
+        check_local(path, name)
+        what = f'no file, but {rest[0]}: a pipe, a socket, a device or a broken link' if rest else 'no such file'
+        raise InputError(f'{name}: {what}; {_FORM}')
+    return files, rest
 
 
-def _texts(path: pathlib.Path, start: int, stop: int, decoder: Decoder) -> Iterator[str]:
-    for data in _read_blocks(path, start, stop):
-        yield decoder.text(data, f'data.path={path}', start)
-        start += len(data)
+def is_there(pattern: str) -> bool:
+    """Whether a path or pattern names files, as `find_files` takes it."""
+    try:
+        return bool(find_files(pattern, pattern))
+    except InputError:
+        return False
+
+
+def _matches(path: str) -> list[str]:
+    parts = pathlib.Path(path).parts
+    # As many folders from the beginning as there are by these very names.
+    count = next((n for n in range(len(parts), 0, -1) if os.path.isdir(os.path.join(*parts[:n]))), 0)
+    head, tail = (os.path.join('', *some) for some in (parts[:count], parts[count:]))
+    found = glob.glob(os.path.join(glob.escape(head), tail), recursive=True)
+    # Brackets are in names more often than they are meant as a choice of letters.
+    return found or glob.glob(os.path.join(glob.escape(head), tail.replace('[', '[[]')), recursive=True)
+
+
+def overlaps_itself(text: str) -> bool:
+    """Whether two copies of a text can share letters, as those of '--' in '---'."""
+    return any(text.endswith(text[:size]) for size in range(1, len(text)))
 
 
 def _running(path: pathlib.Path, part: Part, decoder: Decoder) -> Iterator[Passage]:
     rest = ''
-    for text in _texts(path, part.start, part.stop, decoder):
+    for text in texts(path, decoder, part.start, part.stop):
         text = rest + text
         end = safe_end(text)
         if end < len(text):
@@ -307,97 +436,6 @@ def _joined(held: list[str], end: str) -> str:
     return block.strip('\r\n')
 
 
-def parquet_rows(path: pathlib.Path, column: str, share: tuple[int, int], decoder: Decoder) -> Iterator[str]:
-    """The texts of a share of a parquet file's row groups; rows without text are left out.
-
-    Args:
-      path: the file.
-      column: that holds the text.
-      share: (i, n): the i-th of n shares, from 0.
-      decoder: decides on invalid UTF-8.
-
-    Raises InputError where it is no parquet file, or has no such column of text.
-    """
-    import pyarrow  # a quarter of a second, and not all corpora need it
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise InputError(
-                    f'data.column={column}: {path} has no such column, only {", ".join(file.schema_arrow.names)}'
-                )
-            type_ = file.schema_arrow.field(column).type
-            if not (pyarrow.types.is_string(type_) or pyarrow.types.is_large_string(type_)):
-                raise InputError(f'data.column={column}: of type {type_} in {path}, not text; name another column')
-            number, shares = share
-            count = file.num_row_groups
-            groups = list(range(number * count // shares, (number + 1) * count // shares))
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column]) if groups else ():
-                # As bytes: pyarrow takes the writer's word that they are UTF-8.
-                for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    if data:
-                        yield decoder.text(data, f'a row of {path}')
-    except pyarrow.ArrowException as error:
-        raise InputError(f'{path}: not a parquet file, or damaged ({first_line(error)}); replace it') from None
-
-
-def json_rows(path: pathlib.Path, column: str, start: int, stop: int, decoder: Decoder) -> Iterator[str]:
-    """The texts of the JSON objects on the lines that begin in the bytes [start, stop) of a file.
-
-    A file named .gz or .zst is uncompressed on the way; `stop` is then of the uncompressed bytes. Lines that have no
-    text are left out.
-
-    Raises InputError, naming file and line, where a line is no JSON object or has no text in `column`.
-    """
-    position, number = start, 0
-    with _opened(path, start) as file:
-        while position < stop and (line := file.readline(LINE_BYTES)):
-            position += len(line)
-            number += 1
-            where = f'{path}, line {number}' + (f' after byte {start}' if start else '')
-            if len(line) == LINE_BYTES:
-                raise InputError(f'{where}: longer than {LINE_BYTES} bytes; split it up')
-            if line.strip() and (text := _text_of(line, where, column, decoder)):
-                yield decoder.characters(text, where)
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path, start: int) -> Iterator[BinaryIO]:
-    if not compressed(path):
-        with open(path, 'rb') as file:
-            file.seek(start)
-            yield file
-        return
-    import pyarrow
-
-    try:
-        with io.BufferedReader(pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix])) as file:
-            yield file
-    except OSError as error:
-        raise InputError(f'{path}: not a {path.suffix} file, or damaged ({first_line(error)}); replace it') from None
-
-
-def compressed(path: pathlib.Path) -> bool:
-    """Whether a file must be uncompressed from its beginning."""
-    return path.suffix in COMPRESSIONS
-
-
-def _text_of(line: bytes, where: str, column: str, decoder: Decoder) -> str:
-    try:
-        row: Any = json.loads(decoder.text(line, where))
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f'{where}: not JSON ({first_line(error)}); correct or remove it') from None
-    text = row.get(column, '') if isinstance(row, dict) else None
-    if not isinstance(row, dict) or column not in row:
-        raise InputError(f'{where}: no JSON object with the key {column!r}; name it with --config.data.column')
-    if text is not None and not isinstance(text, str):
-        raise InputError(f'{where}: {column!r} is not text; name another key with --config.data.column')
-    return text or ''
-
-
 def describe_files(paths: Iterable[pathlib.Path], cache: pathlib.Path) -> list[dict[str, Any]]:
     """`path`, `bytes` and `sha256` of each file; of large ones the sum is remembered, so that a run starts at once.
 
@@ -414,15 +452,17 @@ def describe_files(paths: Iterable[pathlib.Path], cache: pathlib.Path) -> list[d
     for path in paths:
         key = str(path.absolute())
         try:
-            stat = os.stat(path)
-            state = [stat.st_size, stat.st_mtime_ns]
-            is_known = stat.st_size >= LARGE and known.get(key, [])[:2] == state
-            digest = known[key][2] if is_known else sha256(path)
+            status = os.stat(path)
+            size = status.st_size
+            state = [size, status.st_mtime_ns]
+            is_known = size >= LARGE and known.get(key, [])[:2] == state
+            # Files of /proc say that they are empty, and some of them never end.
+            digest = known[key][2] if is_known else sha256(path) if size else hashlib.sha256().hexdigest()
         except OSError as error:
             raise InputError(f'data.path={path}: cannot be read ({error.strerror}); name a readable file') from None
-        if not is_known and stat.st_size >= LARGE and time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
+        if not is_known and size >= LARGE and time.time_ns() - status.st_mtime_ns > SETTLED_NS:
             new[key] = [*state, digest]
-        files.append({'path': str(path), 'bytes': stat.st_size, 'sha256': digest})
+        files.append({'path': str(path), 'bytes': size, 'sha256': digest})
     if new:
         _write_sums(memory, known | new)
     return files
@@ -430,10 +470,12 @@ def describe_files(paths: Iterable[pathlib.Path], cache: pathlib.Path) -> list[d
 
 def _read_sums(memory: pathlib.Path) -> dict[str, list]:
     try:
-        known = json.loads(memory.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        known = read_json(memory)
+    except InputError:
         return {}  # none yet, or damaged: the files are read again
-    return known if isinstance(known, dict) else {}
+    entries = known.values() if isinstance(known, dict) else [None]
+    whole = all(isinstance(entry, list) and [*map(type, entry)] == [int, int, str] for entry in entries)
+    return known if whole else {}
 
 
 def _write_sums(memory: pathlib.Path, known: dict[str, list]) -> None:

@@ -25,7 +25,7 @@ from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage
 from gpt_jax.data.shards import HEADER, TOKENIZER, ShardInfo, ShardWriter, dtype_of, shard_path, shard_writer
 from gpt_jax.data.tokenizer import Tokenizer, token_chunks
 from gpt_jax.errors import InputError
-from gpt_jax.files import remove_leftovers, replacing
+from gpt_jax.files import read_json, remove_leftovers, replacing
 
 PARTS = 'parts'
 WORKER_BYTES = 2**25  # of the source, that a worker is started for
@@ -65,16 +65,19 @@ def lock(folder: pathlib.Path, name: str) -> filelock.BaseFileLock:
 def read_report(folder: pathlib.Path, number: int, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The report of a finished part; None where it is not finished, or was made of other text or ids."""
     try:
-        report = json.loads(report_path(folder, number).read_text(encoding='utf-8'))
+        report = read_json(report_path(folder, number))
         made_of = (report['corpus_fingerprint'], report['tokenizer_fingerprint'])
         if made_of != (corpus.fingerprint, tokenizer.fingerprint):
             return None
         width = dtype_of(tokenizer.vocab_size).itemsize
+        int(report['replaced_bytes'])
         for split, counts in report['splits'].items():
+            if split not in SPLITS or {'tokens', 'documents', 'bytes', 'sha256', 'mtime_ns'} - counts.keys():
+                return None
             size = os.stat(shard_path(folder, split, number)).st_size
             if size != HEADER.size + counts['tokens'] * width:
                 return None
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged, which the answer says
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged, which the answer says
         return None
     return report
 

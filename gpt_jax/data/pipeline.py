@@ -15,11 +15,11 @@ text                            local files, `data.path`
 import contextlib
 import dataclasses
 import errno
-import glob
 import json
 import pathlib
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -29,9 +29,10 @@ from gpt_jax.config import DataConfig
 from gpt_jax.data import hub, local, python_docs
 from gpt_jax.data import tokenizer as tokenizers
 from gpt_jax.data.batches import TokenSource
-from gpt_jax.data.corpus import Corpus, empty_split
+from gpt_jax.data.corpus import Corpus
 from gpt_jax.data.parts import PARTS, Job, build_parts, lock, read_report, worthwhile
 from gpt_jax.data.shards import (
+    PREPARE_AGAIN,
     TOKENIZER,
     Tokens,
     check_manifest,
@@ -44,7 +45,7 @@ from gpt_jax.data.shards import (
 )
 from gpt_jax.data.tokenizer import Tokenizer, pieces, shorten_words, up_to
 from gpt_jax.errors import InputError
-from gpt_jax.files import replacing
+from gpt_jax.files import check_local, replacing
 
 NAMES = ('python_docs', 'text', *hub.NAMED)
 SOURCE = 'source.json'
@@ -129,6 +130,10 @@ def prepare(
       InputError: the mixture cannot be read or names what is no corpus and no file, a corpus or the tokenizer cannot be
         had, the cache cannot be written, or files in it are damaged.
     """
+    if config.cache_dir is not None:
+        check_local(config.cache_dir, f'data.cache_dir={config.cache_dir}')
+        if '\0' in config.cache_dir:
+            raise InputError(f'data.cache_dir={config.cache_dir}: no name of a folder; name another one')
     if config.mixture is not None and config.path is not None:
         raise InputError(f'data.path={config.path} beside data.mixture={config.mixture}: name the file in the mixture')
     if config.mixture is None:
@@ -137,9 +142,13 @@ def prepare(
         weights, corpora = {name: Fraction(1)}, {name: load_corpus(config)}
     else:
         weights = parse_mixture(config.mixture)
-        corpora = {name: load_corpus(_config_of(name, config)) for name in weights}
+        corpora = _load_mixture(config, weights)
         if tokenizer is None and config.tokenizer in ('bpe', 'char'):
             tokenizer = _shared_tokenizer(config, corpora, weights, log)
+    markers = [tokenizers.END_OF_TEXT] + ([tokenizer.decode([tokenizer.end_of_text])] if tokenizer else [])
+    for corpus in corpora.values():
+        for line in corpus.notices(markers):
+            log(line)
     prepared = {
         name: _prepare_corpus(corpus, config, tokenizer, piece or (1, 1), log) for name, corpus in corpora.items()
     }
@@ -151,22 +160,27 @@ def prepare(
 def parse_mixture(mixture: str) -> dict[str, Fraction]:
     """Name -> weight of 'NAME:WEIGHT,NAME:WEIGHT,...', in that order; weights add up to 1, whatever they did before.
 
-    What stands before the last colon is the name, so that a name may hold colons, but no comma.
+    What stands before the last colon is the name, so that a name may hold colons, and commas where there is such a
+    file.
 
     Raises InputError where a part has no weight, a weight is no number above 0, or a name stands there twice.
     """
     weights: dict[str, Fraction] = {}
-    for part in mixture.split(','):
-        name, colon, text = (word.strip() for word in part.rpartition(':'))
-        if not colon or not name:
+    parts = mixture.split(',')
+    while parts:
+        # A name with commas takes several parts, the last of which has its weight.
+        joined = {size: _part_of(','.join(parts[:size]))[0] for size in range(1, len(parts) + 1)}
+        size = next((size for size, name in joined.items() if local.is_there(name)), 1)
+        part, parts = ','.join(parts[:size]), parts[size:]
+        name, text = _part_of(part)
+        if not name or ':' not in part:
             raise InputError(f'data.mixture={mixture}: {part.strip()!r} is no source with a weight; {MIXTURE_FORM}')
         if name in weights:
             raise InputError(f'data.mixture={mixture}: {name} stands there twice; add its weights up')
-        try:
-            weight = Fraction(text)
-        except (ValueError, ZeroDivisionError):
+        weight = _weight(text)
+        if weight is None:
             what = f'the weight {text!r} of {name} is no number'
-            raise InputError(f'data.mixture={mixture}: {what}; {MIXTURE_FORM}') from None
+            raise InputError(f'data.mixture={mixture}: {what}; {MIXTURE_FORM}')
         if weight <= 0:
             what = f'the weight {text} of {name} is not above 0'
             raise InputError(f'data.mixture={mixture}: {what}; {MIXTURE_FORM}, or drop it')
@@ -175,20 +189,46 @@ def parse_mixture(mixture: str) -> dict[str, Fraction]:
     return {name: weight / total for name, weight in weights.items()}
 
 
-def _config_of(name: str, config: DataConfig) -> DataConfig:
-    """How to prepare one corpus of a mixture."""
-    if name in NAMES or name.startswith('hub:'):
-        return dataclasses.replace(config, mixture=None, corpus=name)
-    if not glob.glob(str(pathlib.Path(name).expanduser()), recursive=True):
-        known = ', '.join(known for known in NAMES if known != 'text')
-        raise InputError(
-            f'data.mixture={config.mixture}: {name} is no file and no corpus; name {known}, hub:OWNER/NAME or a file'
-        )
-    return dataclasses.replace(config, mixture=None, corpus='text', path=name)
+def _part_of(part: str) -> tuple[str, str]:
+    """'NAME:WEIGHT' -> its two, without the spaces around them, unless a file's name has them."""
+    name, _, weight = part.rpartition(':')
+    return (name if local.is_there(name) else name.strip()), weight.strip()
 
 
-def load_corpus(config: DataConfig) -> Corpus:
+def _weight(text: str) -> Fraction | None:
+    """An exact number; None where it is none, or has so many digits that reckoning with it takes for ever."""
+    exponent = re.search(r'e([+-]?[\d_]+)$', text, re.IGNORECASE)
+    try:
+        if len(text) > 100 or (exponent and abs(int(exponent[1])) > 100):
+            return None
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _load_mixture(config: DataConfig, names: Iterable[str]) -> dict[str, Corpus]:
+    """The corpora of a mixture. A separator holds for those of them that it stands in."""
+    corpora = {}
+    for name in names:
+        if name in NAMES or name.startswith('hub:'):
+            own = dataclasses.replace(config, mixture=None, corpus=name)
+        elif local.is_there(name):
+            own = dataclasses.replace(config, mixture=None, corpus='text', path=name)
+        else:
+            known = ', '.join(known for known in NAMES if known != 'text')
+            what = f'{name} is no file and no corpus; name {known}, hub:OWNER/NAME or a file'
+            raise InputError(f'data.mixture={config.mixture}: {what}')
+        corpora[name] = load_corpus(own, in_mixture=True)
+    if config.separator and not any(corpus.separator for corpus in corpora.values()):
+        what = f'stands in no text of data.mixture={config.mixture}; correct or unset it'
+        raise InputError(f'data.separator={config.separator!r}: {what}')
+    return corpora
+
+
+def load_corpus(config: DataConfig, in_mixture: bool = False) -> Corpus:
     """The corpus that `config` names; with a `path`, the files there, whatever the name.
+
+    `in_mixture`: a separator that does not fit the corpus is for others.
 
     Nothing is downloaded or parsed before its documents are asked for; local files are read once for their fingerprint.
 
@@ -197,12 +237,19 @@ def load_corpus(config: DataConfig) -> Corpus:
     name = config.corpus
     if name not in NAMES and not name.startswith('hub:'):
         raise InputError(f'data.corpus={name}: unknown; use one of {", ".join(NAMES)} or hub:OWNER/NAME')
-    if config.path:
-        return local.load_local(config)
+    if config.separator is not None:
+        try:
+            config.separator.encode()
+        except UnicodeEncodeError:
+            raise InputError(f'data.separator={config.separator!a}: not UTF-8, so no text holds it') from None
+    if config.path is not None:
+        return local.load_local(config, in_mixture)
     if name == 'text':
         raise InputError('data.corpus=text needs a file: set --config.data.path=FILE')
     if name != 'python_docs':
         return hub.load_hub(config)
+    if config.separator and not in_mixture:
+        raise InputError(f'data.separator={config.separator!r}: python_docs has documents of its own; unset it')
     return python_docs.PythonDocs(config.validation_fraction or python_docs.FRACTION)
 
 
@@ -259,7 +306,9 @@ def _prepare_corpus(
         return prepared
     with _writing(cache):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        corpus = _resolve(folder, corpus)
+        unresolved, corpus = corpus, _resolve(folder, corpus)
+        for line in corpus.notices([tokenizers.END_OF_TEXT]) if corpus is not unresolved else ():
+            log(line)
         tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
         if not _build(folder, corpus, config, tokenizer, piece, log):
             return None
@@ -297,6 +346,9 @@ def _writing(cache: pathlib.Path) -> Iterator[None]:
     """Turns errors of writing in `cache` into InputError, and leaves all others alone."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'data.cache_dir={cache}: cannot be made ({error.strerror}); name another folder') from None
+    try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -304,9 +356,11 @@ def _writing(cache: pathlib.Path) -> Iterator[None]:
                 f'data.cache_dir={cache}: the disk is full; free some space, or name another folder, and run the '
                 'command again: the finished parts are kept'
             ) from None
-        if error.filename is None or not pathlib.Path(error.filename).is_relative_to(cache):
+        place = error.filename2 or error.filename
+        if place is None or not pathlib.Path(place).is_relative_to(cache):
             raise
-        raise InputError(f'data.cache_dir={cache}: cannot be written ({error.strerror}); name another folder') from None
+        what = cache if pathlib.Path(place) == cache else f'{cache}: {place}'
+        raise InputError(f'data.cache_dir={what} cannot be written ({error.strerror}); name another folder') from None
 
 
 def _resolve(folder: pathlib.Path, corpus: Corpus) -> Corpus:
@@ -314,7 +368,13 @@ def _resolve(folder: pathlib.Path, corpus: Corpus) -> Corpus:
     with lock(folder, SOURCE):
         path = folder / SOURCE
         if path.is_file():
-            return corpus.resolve(read_json(path))
+            recorded = read_json(path)
+            try:
+                return corpus.resolve(recorded)
+            except (KeyError, TypeError, ValueError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f'{path}: damaged; {PREPARE_AGAIN}') from None
         corpus = corpus.resolve()
         with replacing(path) as file:
             file.write(json.dumps(corpus.source(), indent=2).encode())
@@ -348,9 +408,10 @@ def _make_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def _sample(corpus: Corpus) -> Iterator[str]:
     """The training text that BPE learns from: the beginnings of parts that are spread over the corpus."""
     parts = [part for part in corpus.parts() if part.split in ('', 'train')]
-    # The first parts alone may all be of one year, one site or one language.
-    spread = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]
-    chosen = parts if len(parts) <= TOKENIZER_PARTS else spread
+    chosen = parts
+    if len(parts) > TOKENIZER_PARTS:
+        # The first parts alone may all be of one year, one site or one language.
+        chosen = [parts[number * len(parts) // TOKENIZER_PARTS] for number in range(TOKENIZER_PARTS)]
     empty = True
     for part in chosen:
         texts = (shorten_words(piece) for text in corpus.texts(part, 'train') for piece in pieces(text))
@@ -358,7 +419,7 @@ def _sample(corpus: Corpus) -> Iterator[str]:
             empty = False
             yield text
     if empty:
-        raise empty_split('train', corpus.name)
+        raise corpus.empty_split('train')
 
 
 def _build(

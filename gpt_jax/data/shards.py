@@ -28,6 +28,7 @@ import json
 import mmap
 import os
 import pathlib
+import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -35,7 +36,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import gpt_jax
-from gpt_jax.data.corpus import SPLITS, Corpus, empty_split
+from gpt_jax import files
+from gpt_jax.data.corpus import SPLITS, Corpus
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.files import replacing
@@ -53,6 +55,7 @@ VERIFIED = 'verified.json'
 STRETCH = 2**22  # tokens that are looked at in one go
 WINDOWS, WINDOW = 3, 48  # shown of each split, and their tokens
 BAR = 40
+MOST_BYTES = 2**30  # of a manifest: a line for each of millions of files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +158,8 @@ def read_header(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> 
     """
     path = pathlib.Path(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise InputError(f'{path}: not a token shard of gpt_jax, but a folder, a pipe or a device; {AGAIN}')
         with open(path, 'rb') as file:
             header = file.read(HEADER.size)
             size = os.fstat(file.fileno()).st_size
@@ -283,7 +288,7 @@ def digest(*parts: str) -> str:
 
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether all of the folder was finished, and no file that it names is missing."""
-    if not all((folder / name).is_file() for name in (MANIFEST, TOKENIZER)):
+    if not all(os.path.isfile(folder / name) for name in (MANIFEST, TOKENIZER)):
         return False
     shards = read_manifest(folder)['shards']
     present = {path.name for path in folder.iterdir()}
@@ -309,7 +314,7 @@ def write_manifest(
             shards[split].append({'file': shard_path(folder, split, number).name, **counts})
     for split in SPLITS:
         if not shards[split]:
-            raise empty_split(split, corpus.name)
+            raise corpus.empty_split(split)
     content = {
         'format': FORMAT,
         'version': gpt_jax.__version__,
@@ -344,7 +349,9 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
             added = sum(shard['tokens'] for shard in shards)
             damaged = added != content['tokens'][split] or min(*counts, content['bytes'][split]) < 0
             names += [content[name] for name in ('fingerprint', 'corpus_fingerprint', 'tokenizer_fingerprint')]
+            names += [content[name] for name in ('corpus', 'split')]
             damaged = damaged or not all(isinstance(name, str) for name in names)
+            damaged = damaged or not isinstance(content['source'], dict) or content['replaced_bytes'] < 0
             if damaged:
                 break
     except (KeyError, TypeError):
@@ -355,11 +362,14 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON file of the folder. Raises InputError where it is none."""
+    """A JSON object, from a file of the folder. Raises InputError where it is none."""
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        raise InputError(f'{path}: damaged; {PREPARE_AGAIN}') from None
+        content = files.read_json(path, most=MOST_BYTES)
+    except InputError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: damaged; {PREPARE_AGAIN}')
+    return content
 
 
 def check_manifest(folder: pathlib.Path, content: dict[str, Any], corpus: Corpus | None, tokenizer: Tokenizer) -> None:
@@ -390,7 +400,10 @@ def open_shards(
     """
     shards: dict[str, list[ShardInfo]] = {}
     changed: dict[str, tuple[ShardInfo, int]] = {}
-    remembered = read_json(folder / VERIFIED) if (folder / VERIFIED).is_file() else {}
+    try:
+        remembered = read_json(folder / VERIFIED)
+    except InputError:
+        remembered = {}  # none yet, or damaged: the shards are read again
     for split in SPLITS:
         shards[split] = []
         for entry in content['shards'][split]:
@@ -425,7 +438,7 @@ def inspect(folder: str | os.PathLike) -> Iterator[str]:
     Raises InputError, naming the file, where the folder is not finished or a file in it is damaged.
     """
     folder = pathlib.Path(folder)
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):
         raise InputError(f'--inspect={folder}: no finished data there, {MANIFEST} is missing; prepare it')
     content = read_manifest(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER)

@@ -16,14 +16,15 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gpt_jax.data import added_tokens
 from gpt_jax.data.corpus import Passage
+from gpt_jax.data.tokenizer_check import check_ids, check_tokenizer_json, library_errors
 from gpt_jax.errors import InputError, first_line
-from gpt_jax.files import replacing
+from gpt_jax.files import check_regular, read_text, replacing
 
 END_OF_TEXT = '<|endoftext|>'
 UNKNOWN = '<|unknown|>'
 SMALLEST_BPE = 257  # the 256 bytes and end of text
-LARGEST_VOCABULARY = 2**31  # batches hold ids as int32
 GPT2_REPOSITORY = 'openai-community/gpt2'
 PIECE_CHARACTERS = 2**15
 LONGEST_PIECE = 2**16
@@ -38,9 +39,12 @@ class Tokenizer:
     """A vocabulary with its rules for cutting text, and the id that separates documents.
 
     `encode` gives no special id unless asked to: a user's literal `<|endoftext|>` is cut like any other text, and
-    only code that means the separator writes `end_of_text`. With byte-level vocabularies `decode(encode(text))` is
-    `text` for every string; with characters it is for strings of known characters, and every other character becomes
-    the one unknown token.
+    only code that means the separator writes `end_of_text`. Added tokens that are not special are found in any text.
+    With byte-level vocabularies `decode(encode(text))` is `text` for every string; with characters it is for strings
+    of known characters, and every other character becomes the one unknown token.
+
+    Ids may have holes, and a model may have more of them than there are tokens: `is_token` tells which are. An id that
+    no token has stands for the empty text, as in `tokenizers`.
 
     Attributes:
       vocab_size: ids are in [0, vocab_size).
@@ -65,11 +69,12 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self.end_of_text: int = end_of_text
-        self.vocab_size: int = max(inner.get_vocab().values()) + 1  # the greatest id counts, should there be gaps
-        if self.vocab_size > LARGEST_VOCABULARY:
-            raise InputError(f'the tokenizer has token id {self.vocab_size - 1}, above int32: use another one')
-        added = inner.get_added_tokens_decoder()
-        self._special = {token.content: id_ for id_, token in added.items() if token.special}
+        vocabulary = inner.get_vocab()
+        check_ids(vocabulary)
+        self.vocab_size: int = max(vocabulary.values()) + 1  # the greatest id counts, should there be gaps
+        self._ids = np.array(sorted(vocabulary.values()))
+        self._added = inner.get_added_tokens_decoder()
+        self._bytes: dict[int, bytes] = {}
         canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True, separators=(',', ':'))
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -80,44 +85,82 @@ class Tokenizer:
             return 'char'
         return 'gpt2' if (self.vocab_size, self.end_of_text) == (50257, 50256) else 'bpe'
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token: a text has at least its bytes divided by this many tokens."""
+        return max(len(self.token_bytes(id_)) for id_ in self._ids.tolist()) or 1
+
+    @functools.cached_property
+    def marks(self) -> tuple[str, ...]:
+        """The added tokens that are found in any text: those that are not special."""
+        return tuple(token.content for token in self._added.values() if not token.special)
+
+    def is_token(self, size: int) -> np.ndarray:
+        """Which of the ids below `size`, such as those of a model, are tokens: bool [size]."""
+        is_token = np.zeros(size, bool)
+        is_token[self._ids[self._ids < size]] = True
+        return is_token
+
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of `text`; with `special`, a literal `<|endoftext|>` in it becomes the id that ends documents.
+        """Token ids of `text`; with `special`, a literal `<|endoftext|>` or other special token in it becomes its id.
 
         Raises InputError where it holds a lone surrogate, which no encoding can store.
         """
         _check_text(text)
-        if not special:
-            return self._inner.encode(text, add_special_tokens=False).ids
-        ids = []
-        for part in re.split(f'({"|".join(map(re.escape, self._special))})', text):
-            ids += [self._special[part]] if part in self._special else self.encode(part)
-        return ids
+        inner = self._parser if special else self._inner
+        with library_errors('the tokenizer cannot cut this text'):
+            if len(text) <= BATCH_CHARACTERS:
+                return inner.encode(text, add_special_tokens=False).ids
+            # What the library makes of a text beside its ids takes sixty times the memory of the text.
+            cut = (inner.encode_batch_fast([piece], add_special_tokens=False) for piece in pieces(text, self.marks))
+            return [id_ for (encoding,) in cut for id_ in encoding.ids]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
-        for text in texts:
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """`encode` of every text, on all cores; a few million characters at a time, as above."""
+        inner, found, start, characters = self._parser if special else self._inner, [], 0, 0
+        for end, text in enumerate(texts, 1):
             _check_text(text)
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+            characters += len(text)
+            if characters < BATCH_CHARACTERS and end < len(texts):
+                continue
+            with library_errors('the tokenizer cannot cut these texts'):
+                encodings = inner.encode_batch_fast(list(texts[start:end]), add_special_tokens=False)
+            found += [encoding.ids for encoding in encodings]
+            start, characters = end, 0
+        return found
+
+    def find_special(self, text: str) -> str | None:
+        """The first special token that stands in `text` literally; None where none does."""
+        found = self._special_pattern.search(text)
+        return found and found[0]
+
+    def unknown_characters(self, text: str) -> str:
+        """Characters of `text` that become the unknown token, each once; of byte-level vocabularies there are none."""
+        if self.kind != 'char' or not self._is_additive:
+            return ''
+        return ''.join(sorted(each for each in set(text) if self._inner.token_to_id(each) is None))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, end of text included; bytes that are no UTF-8 become U+FFFD.
 
-        Raises InputError on an id outside of [0, vocab_size).
+        Raises InputError on a negative id.
         """
         ids = [self._checked(id_) for id_ in ids]
-        return self._inner.decode(ids, skip_special_tokens=False)
+        if self._is_additive:
+            # Not the library's: of an added token with a letter such as \u00e9 it makes a byte that is no UTF-8.
+            return b''.join(map(self.token_bytes, ids)).decode(errors='replace')
+        with library_errors('the tokenizer cannot turn these ids into text'):
+            return self._inner.decode([id_ for id_ in ids if id_ < self.vocab_size], skip_special_tokens=False)
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes that one token stands for: they may end in the middle of a character.
 
-        Raises InputError on an id outside of [0, vocab_size).
+        Raises InputError on a negative id.
         """
-        token = self._inner.id_to_token(self._checked(id_))
-        if token is None:  # a gap in a foreign vocabulary
-            return b''
-        if self.kind == 'char':
-            return token.encode()
-        return bytes(_byte_of_symbol()[symbol] for symbol in token)
+        id_ = self._checked(id_)
+        if id_ not in self._bytes:
+            self._bytes[id_] = self._bytes_of(id_)
+        return self._bytes[id_]
 
     def to_json(self) -> str:
         """The whole tokenizer as the `tokenizer.json` that Hugging Face's libraries read."""
@@ -126,11 +169,11 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str) -> 'Tokenizer':
         """The tokenizer that `to_json` wrote. Raises InputError on anything else."""
-        try:
+        check_tokenizer_json(text)
+        with library_errors('not a tokenizer.json'):
             inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exceptions, for bad JSON and bad content alike
-            raise InputError(f'not a tokenizer.json: {first_line(error)}; use another one') from None
-        return cls(inner)
+            placed = added_tokens.place(json.loads(text), inner.get_vocab())
+            return cls(inner if placed is None else tokenizers.Tokenizer.from_str(json.dumps(placed)))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes `to_json` to `path`, whole or not at all."""
@@ -140,21 +183,48 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'Tokenizer':
         """Reads a `tokenizer.json`. Raises InputError, naming the file, where it is missing or damaged."""
-        try:
-            text = pathlib.Path(path).read_bytes().decode()
-        except OSError as error:
-            raise InputError(f'{path}: cannot be read ({error.strerror}); name an existing tokenizer.json') from None
-        except UnicodeDecodeError:
-            raise InputError(f'{path}: not a tokenizer.json, as it is not UTF-8; replace it') from None
+        text = read_text(path)
         try:
             return cls.from_json(text)
         except InputError as error:
             raise InputError(f'{path}: {error}') from None
 
+    @functools.cached_property
+    def _parser(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, but for special tokens in a text: it takes them for what they are."""
+        return tokenizers.Tokenizer.from_str(self._inner.to_str())
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern:
+        special = sorted((token.content for token in self._added.values() if token.special), key=len, reverse=True)
+        return re.compile('|'.join(map(re.escape, special)))
+
+    @functools.cached_property
+    def _is_additive(self) -> bool:
+        """Whether the text of tokens is that of each, one after the other, as it is with bytes and characters."""
+        decoder = json.loads(self._inner.to_str())['decoder']
+        return isinstance(decoder, dict) and decoder['type'] in ('ByteLevel', 'Fuse')
+
+    def _bytes_of(self, id_: int) -> bytes:
+        token = self._inner.id_to_token(id_) if id_ < self.vocab_size else None
+        if token is None:
+            return b''
+        if id_ in self._added or (self.kind == 'char' and self._is_additive):
+            return token.encode()
+        if self._is_additive:
+            try:
+                return bytes(_byte_of_symbol()[symbol] for symbol in token)
+            except KeyError:  # no symbols of bytes: a text, as the library has it
+                return token.encode()
+        # With other decoders a token's text is what it adds to one before it: spaces may be part of it, or not.
+        with library_errors('the tokenizer cannot turn these ids into text'):
+            once, twice = (self._inner.decode([id_] * count, skip_special_tokens=False) for count in (1, 2))
+        return (twice[len(once) :] if twice.startswith(once) else once).encode()
+
     def _checked(self, id_: int) -> int:
         id_ = int(id_)
-        if not 0 <= id_ < self.vocab_size:
-            raise InputError(f'token id {id_}: outside of the vocabulary, use 0 to {self.vocab_size - 1}')
+        if id_ < 0:
+            raise InputError(f'token id {id_}: there are none below 0')
         return id_
 
 
@@ -196,11 +266,11 @@ def train_char(documents: Iterable[str]) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def gpt2(source: str | os.PathLike = 'gpt2') -> Tokenizer:
+def gpt2(source: str | os.PathLike = 'gpt2', room: int | None = None) -> Tokenizer:
     """GPT-2's tokenizer: `source` is 'gpt2' (the Hugging Face hub, or its cache) or a directory.
 
     A directory holds `tokenizer.json`, or GPT-2's vocabulary as `encoder.json` (`vocab.json`) with `vocab.bpe`
-    (`merges.txt`).
+    (`merges.txt`), and beside them what `added_tokens` reads. `room` is how many ids the model has, if that is known.
 
     Raises InputError where the hub cannot be reached, or a file is missing or damaged.
     """
@@ -209,17 +279,24 @@ def gpt2(source: str | os.PathLike = 'gpt2') -> Tokenizer:
     folder = pathlib.Path(source)
     if not folder.is_dir():
         raise InputError(f'data.tokenizer={source}: no such directory; use bpe, char, gpt2 or an existing directory')
-    if (folder / 'tokenizer.json').is_file():
-        return Tokenizer.load(folder / 'tokenizer.json')
-    vocabulary = _first_file(folder, 'encoder.json', 'vocab.json')
-    merges = _first_file(folder, 'vocab.bpe', 'merges.txt')
+    path, tokenizer = folder / 'tokenizer.json', None
+    if path.exists():
+        tokenizer = Tokenizer.load(path)
+        document = json.loads(tokenizer.to_json())
+    else:
+        path, merges = _first_file(folder, 'encoder.json', 'vocab.json'), _first_file(folder, 'vocab.bpe', 'merges.txt')
+        for part in (path, merges):
+            check_regular(part)
+        with library_errors(f'{path} with {merges}: not a BPE vocabulary'):
+            inner = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(merges)))
+            _make_byte_level(inner)
+            document = json.loads(inner.to_str())
     try:
-        inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f'{vocabulary} with {merges}: not a BPE vocabulary ({first_line(error)})') from None
-    _make_byte_level(inner)
-    inner.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(inner)
+        whole = added_tokens.add_listed(document, folder, room, always=END_OF_TEXT)
+        known = tokenizer is not None and whole == document
+        return tokenizer if known else Tokenizer.from_json(json.dumps(whole, ensure_ascii=False))
+    except InputError as error:
+        raise InputError(f'{path}, with the files beside it: {error}') from None
 
 
 def _make_byte_level(inner: tokenizers.Tokenizer) -> None:
@@ -291,18 +368,25 @@ def up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def pieces(text: str) -> Iterator[str]:
+def pieces(text: str, marks: Sequence[str] = ()) -> Iterator[str]:
     """Cuts a text before spaces or ends of lines into pieces of about 2^15 characters.
 
     GPT-2's pre-tokenizer never joins what stands on both sides of such a cut, and characters stand alone anyway: the
-    ids of the pieces, joined, are the ids of the text. Only where 2^16 characters hold no such place they are cut
+    ids of the pieces, joined, are the ids of the text. `marks` are texts that the tokenizer finds before that, with
+    spaces in them or beside them: no cut touches one. Only where 2^16 characters hold no such place they are cut
     regardless, since the work on one word grows faster than its length: there the ids may differ.
     """
     start = 0
     while start < len(text):
         end = min(start + LONGEST_PIECE, len(text))
-        if len(text) - start > PIECE_CHARACTERS and (cut := _WORD_END.search(text, start + PIECE_CHARACTERS - 1, end)):
-            end = cut.end()
+        if len(text) - start > PIECE_CHARACTERS:
+            cuts = (found.end() for found in _WORD_END.finditer(text, start + PIECE_CHARACTERS - 1, end))
+            apart = (
+                cut
+                for cut in cuts
+                if not any(mark in text[max(0, cut - len(mark)) : cut + len(mark)] for mark in marks)
+            )
+            end = next(apart, end)
         yield text[start:end]
         start = end
 
@@ -331,7 +415,7 @@ def token_chunks(tokenizer: Tokenizer, passages: Iterable[Passage]) -> Iterator[
     for passage in passages:
         left = len(passage.text)
         # One by one: all pieces of a document together would take its memory once more.
-        for piece in pieces(passage.text) if left else ('',):
+        for piece in pieces(passage.text, tokenizer.marks) if left else ('',):
             left -= len(piece)
             batch.append(Passage(passage.split, piece, passage.ends_document and left == 0))
             characters += len(piece)

@@ -14,6 +14,7 @@ no prediction. With the same stride its numbers are those of `context = max_leng
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,9 +26,12 @@ from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT
 from gpt_jax.parallel import activate, batch_sharding, replicated
+from gpt_jax.parallel.devices import host_memory, memory_of
 
 # A loss above this is a perplexity beyond float64.
 LARGEST_EXPONENT = 700.0
+# The least that a batch takes: of each token on the host, and on a device, in vectors of d_model numbers.
+BATCH_BYTES, LAYER_VECTORS = 24, 8
 
 TokenLosses = Callable[[np.ndarray, np.ndarray], Any]
 
@@ -38,14 +42,24 @@ def model_losses(model: GPT, params: Any, mesh: Mesh | None = None) -> TokenLoss
     With a `mesh`, over which `params` are split, the rows of a batch are split over its data axes. Rows that do not
     divide are filled up with copies of others.
     """
+    devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
+    token_bytes = LAYER_VECTORS * model.config.d_model * np.dtype(model.config.dtype).itemsize
+    memory = memory_of(devices)
+
     if mesh is None:
-        return lambda tokens_BT, targets_BT: _losses(model, None, params, tokens_BT, targets_BT)
+
+        def losses_of_one(tokens_BT: np.ndarray, targets_BT: np.ndarray) -> jax.Array:
+            _check_memory(*tokens_BT.shape, tokens_BT.size * token_bytes, memory)
+            return _losses(model, None, params, tokens_BT, targets_BT)
+
+        return losses_of_one
 
     def place(array_BT: np.ndarray) -> jax.Array:
         filled_BT = np.resize(array_BT, (divisible_batch(len(array_BT), mesh), array_BT.shape[1]))
         return jax.make_array_from_callback(filled_BT.shape, batch_sharding(mesh), filled_BT.__getitem__)
 
     def losses(tokens_BT: np.ndarray, targets_BT: np.ndarray) -> jax.Array:
+        _check_memory(*tokens_BT.shape, tokens_BT.size * token_bytes, memory)
         return _losses(model, mesh, params, place(tokens_BT), place(targets_BT))[: len(tokens_BT)]
 
     return losses
@@ -95,6 +109,7 @@ def strided_losses(
     # Powers of two: a program is compiled for each shape, and texts have any length.
     rows = min(batch_size, 1 << (len(starts) - 1).bit_length())
     width = min(context, 1 << (predictions - 1).bit_length())
+    _check_memory(rows, width, rows * width * BATCH_BYTES, host_memory())
     padded = np.zeros(starts[-1] + width + 1, np.int32)
     padded[: len(tokens)] = tokens
     losses = np.empty(predictions, np.float32)
@@ -127,8 +142,12 @@ def text_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     report: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    parse_special: bool = False,
 ) -> dict[str, float | int]:
     """How well a text is predicted; arguments as for `strided_losses`.
+
+    With `parse_special`, special tokens that stand in the text literally are these tokens.
 
     Returns:
       `loss` in nats a token, `perplexity` (its exponential), `bits_per_byte` of the UTF-8 text, and what was scored:
@@ -138,7 +157,7 @@ def text_perplexity(
     Raises:
       InputError: the text has fewer than two tokens, a number is out of range, or the loss is not finite.
     """
-    tokens = tokenizer.encode(text)
+    tokens = tokenizer.encode(text, special=parse_special)
     losses = strided_losses(token_losses, tokens, context, stride, batch_size, report)
     nats = float(losses.sum(dtype=np.float64))
     if not math.isfinite(nats):
@@ -153,11 +172,20 @@ def text_perplexity(
         'perplexity': math.exp(min(loss, LARGEST_EXPONENT)),
         'bits_per_byte': nats / math.log(2) / max(len(scored), 1),
         'tokens': len(losses),
-        'words': len(scored.split()),
+        'words': sum(1 for _ in re.finditer(rb'\S+', scored)),
         'bytes': len(scored),
         'stride': (context + 1) // 2 if stride is None else stride,
         'context': context,
     }
+
+
+def _check_memory(rows: int, width: int, needed: int, memory: int) -> None:
+    """Raises InputError where a batch takes more memory than there is at all."""
+    if needed > memory:
+        raise InputError(
+            f'batch_size={rows} windows of {width} tokens take at least {needed / 1e9:,.1f} GB, and there are '
+            f'{memory / 1e9:,.1f} GB; use a smaller batch_size'
+        )
 
 
 def _check(count: int, context: int, stride: int, batch_size: int) -> None:

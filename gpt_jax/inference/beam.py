@@ -3,13 +3,12 @@
 Meanings and scores are those of Hugging Face's `generate`. After the settings and the host's side comes what happens on
 the device: all hypotheses of all groups and prompts, one token a step.
 
-Shape suffixes beside the model's: P prompts, G groups of beams, K beams of a group, C candidates (2K) of a group,
+Shape suffixes beside the model's: P prompts, G groups of beams, K beams of a group, C candidates of a group,
 R rows of the cache (P * G * K), L length of a text. Arrays without a suffix are [P, G, ...].
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import flax
@@ -20,10 +19,14 @@ import numpy as np
 from gpt_jax.errors import InputError
 from gpt_jax.inference.engine import Engine, pack, padded_length, read, run_steps
 from gpt_jax.inference.generate import Generation, Request, StoppingCriteria, longest_text
-from gpt_jax.inference.sampling import Chain, Sampling
+from gpt_jax.inference.sampling import Chain, Sampling, check_whole, check_within
 from gpt_jax.models.cache import Cache, take_rows
 from gpt_jax.parallel import activate
 
+# A step sorts the continuations of all beams: with more it takes seconds.
+MOST_BEAMS = 4096
+# Powers of a length that stay far from the ends of float32, and penalties far above NEVER.
+LENGTH_PENALTIES, DIVERSITY_PENALTIES = (-10.0, 10.0), (0.0, 1e6)
 # Added to the score of what must not be chosen: far below every score, but not so far that it swallows them all.
 NEVER = -1e9
 
@@ -61,10 +64,8 @@ class Beams:
 
     def __post_init__(self):
         for name in ('num_beams', 'num_return_sequences', 'num_beam_groups'):
-            if getattr(self, name) < 1:
-                raise InputError(f'{name}={getattr(self, name)} must be at least 1')
-        if not math.isfinite(self.length_penalty):
-            raise InputError(f'length_penalty={self.length_penalty} must be a number')
+            check_whole(name, getattr(self, name), 1, MOST_BEAMS)
+        check_within('length_penalty', self.length_penalty, *LENGTH_PENALTIES)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != 'never':
             raise InputError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
         if self.num_return_sequences > self.num_beams:
@@ -74,24 +75,28 @@ class Beams:
             )
         if self.num_beams % self.num_beam_groups:
             raise InputError(f'num_beams={self.num_beams} must be a multiple of num_beam_groups={self.num_beam_groups}')
-        if not 0 <= self.diversity_penalty < math.inf:
-            raise InputError(f'diversity_penalty={self.diversity_penalty} must be at least 0')
+        check_within('diversity_penalty', self.diversity_penalty, *DIVERSITY_PENALTIES)
         if self.diversity_penalty and self.num_beam_groups == 1:
             raise InputError(
                 f'diversity_penalty={self.diversity_penalty} is between groups of beams: set num_beam_groups as well'
             )
 
-    def check(
-        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stopping: StoppingCriteria
-    ) -> None:
-        """Raises InputError where settings do not go with beams."""
-        del engine, requests
+    def rows(self, vocab_size: int) -> int:
+        """Of the KV cache, for each request."""
+        del vocab_size
+        return self.num_beams
+
+    def check_settings(self, sampling: Sampling, stopping: StoppingCriteria) -> None:
+        """Raises InputError where they do not go with beams."""
         if not sampling.greedy:
             raise InputError(
                 f'num_beams={self.num_beams} with sampling: a beam search draws nothing; leave out temperature, top_k, '
                 'top_p, min_p and typical_p'
             )
         stopping.check_search('beam search')
+
+    def check(self, engine: Engine, requests: Sequence[Request], stopping: StoppingCriteria) -> None:
+        """Any model does, for any requests."""
 
     def begin(
         self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stopping: StoppingCriteria, seed: int
@@ -124,7 +129,7 @@ class BeamBatch:
         prompts = [request.prompt for request in requests] + [[0]] * (rows - len(requests))
         tokens_PL, self._prompts_P = pack(prompts, padded_length(length))
         self._rules = Rules(
-            chain=sampling.chain(engine.model.config.vocab_size, stopping.end_of_text),
+            chain=sampling.chain(engine.model.config.vocab_size, stopping.ends),
             max_new_tokens=np.int32(stopping.max_new_tokens),
             length_penalty=np.float32(beams.length_penalty),
             diversity_penalty=np.float32(beams.diversity_penalty),
@@ -156,7 +161,7 @@ class BeamBatch:
         for index in np.argsort(-ended.scores, kind='stable')[: beams.num_return_sequences]:
             new = slice(prompt, prompt + counts[index])
             found = (ended.tokens[index, new], ended.logprobs[index, new])
-            results.append(Generation.finished(*found, self._stopping.end_of_text, float(ended.scores[index])))
+            results.append(Generation.finished(*found, self._stopping.ends, float(ended.scores[index])))
         return results
 
 
@@ -300,18 +305,18 @@ def _step(state: BeamState, logits_RV: jax.Array, rules: Rules) -> BeamState:
 
 
 def _choose(texts: Hypotheses, logprobs_PKV: jax.Array, count: jax.Array, rules: Rules) -> dict[str, jax.Array]:
-    """The 2K best continuations of one group's texts [P, K], and which K of them to go on with.
+    """The C best continuations of one group's texts [P, K], and which K of them to go on with.
 
-    They are enough: at most K of them end.
+    C is K for each token that ends a text, and K more: so many are enough, as each beam has one of each end at most.
     """
     prompts, beams, vocab = logprobs_PKV.shape
     flat = jax.tree.map(lambda array: array.reshape(prompts * beams, *array.shape[2:]), texts)
     lengths_R, new_R = jnp.repeat(rules.prompts_P, beams) + count, jnp.full(prompts * beams, count)
     processed_RV = rules.chain.process(logprobs_PKV.reshape(-1, vocab), flat.tokens, lengths_R, new_R)
     totals_PX = (processed_RV + flat.scores[:, None]).reshape(prompts, beams * vocab)
-    scores_PC, index_PC = jax.lax.top_k(totals_PX, 2 * beams)
+    scores_PC, index_PC = jax.lax.top_k(totals_PX, min((1 + rules.chain.ends_E.size) * beams, beams * vocab))
     tokens_PC = index_PC % vocab
-    is_end_PC = tokens_PC == rules.chain.end_of_text
+    is_end_PC = rules.chain.is_end(tokens_PC)
     running_PC = scores_PC + jnp.where(is_end_PC, NEVER, 0.0)
     return {
         'scores': scores_PC,
@@ -326,7 +331,7 @@ def _choose(texts: Hypotheses, logprobs_PKV: jax.Array, count: jax.Array, rules:
 def _end(state: BeamState, candidates: Hypotheses, ends: jax.Array, rules: Rules) -> BeamState:
     """The best of the texts that ended before and now; only of the K best candidates is an end an end."""
     beams, count = state.counts.shape[-1], state.count + 1
-    ends &= jnp.arange(2 * beams) < beams
+    ends &= jnp.arange(ends.shape[-1]) < beams
     barred = ~state.is_searching(rules)[..., None] | ~ends
     scores = rules.normalize(candidates.scores, count) + jnp.where(barred, NEVER, 0.0)
     both = jax.tree.map(

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.errors import InputError
-from gpt_jax.inference.engine import Engine, pack, padded_length, run_steps
+from gpt_jax.inference.engine import Engine, of_tokens, pack, padded_length, run_steps
 from gpt_jax.inference.generate import Generation, Request, StoppingCriteria, longest_text
-from gpt_jax.inference.sampling import Chain, Sampling
+from gpt_jax.inference.sampling import Chain, Sampling, check_whole, check_within
 from gpt_jax.models.cache import Cache, take_rows
 from gpt_jax.parallel import activate
 
@@ -41,19 +41,23 @@ class Contrastive:
     largest_batch = None
 
     def __post_init__(self):
-        if not 0 <= self.penalty_alpha <= 1:
-            raise InputError(f'penalty_alpha={self.penalty_alpha} must be from 0 to 1')
+        check_within('penalty_alpha', self.penalty_alpha, 0, 1)
         if self.top_k < 1:
             raise InputError(f'top_k={self.top_k} must be at least 1 for contrastive search: how many candidates')
+        check_whole('top_k', self.top_k, 1)
 
-    def check(
-        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stopping: StoppingCriteria
-    ) -> None:
-        """Raises InputError where settings do not go with contrastive search."""
-        del engine, requests
+    def rows(self, vocab_size: int) -> int:
+        """Of the KV cache, for each request."""
+        return min(self.top_k, vocab_size)
+
+    def check_settings(self, sampling: Sampling, stopping: StoppingCriteria) -> None:
+        """Raises InputError where they do not go with contrastive search."""
         if not sampling.greedy:
             raise InputError('contrastive search draws nothing; leave out temperature, top_p, min_p and typical_p')
         stopping.check_search('contrastive search')
+
+    def check(self, engine: Engine, requests: Sequence[Request], stopping: StoppingCriteria) -> None:
+        """Any model does, for any requests."""
 
     def begin(
         self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stopping: StoppingCriteria, seed: int
@@ -81,7 +85,7 @@ class ContrastiveBatch:
     ):
         config = engine.model.config
         self._engine, self._requests, self._stopping = engine, requests, stopping
-        chain = sampling.chain(config.vocab_size, stopping.end_of_text)
+        chain = sampling.chain(config.vocab_size, stopping.ends)
         self._rules = (np.int32(stopping.max_new_tokens), np.float32(contrastive.penalty_alpha), chain)
         rows = engine.batch_size(len(requests))
         width = padded_length(longest_text(requests, stopping), config.block_size)
@@ -103,7 +107,7 @@ class ContrastiveBatch:
             for row, request in enumerate(self._requests):
                 new = slice(len(request.prompt), len(request.prompt) + int(self._state.count))
                 found = (tokens_BL[row, new], logprobs_BL[row, new])
-                self.generations.append(Generation.finished(*found, self._stopping.end_of_text))
+                self.generations.append(Generation.finished(*found, self._stopping.ends))
 
 
 # What happens on the device.
@@ -172,6 +176,7 @@ def advance_search(
         new_B = jnp.full(batch, state.count)
         scores_BV = chain.process(state.logits_BV, state.tokens_BL, state.lengths_B, new_B)
         probabilities_Bk, tokens_Bk = jax.lax.top_k(jax.nn.softmax(scores_BV, axis=-1), candidates)
+        is_banned_Bk = jnp.isneginf(jnp.take_along_axis(scores_BV, tokens_Bk, axis=-1))
         cache = take_rows(state.cache, jnp.repeat(state.parents_B, candidates))
         arguments = (tokens_Bk.reshape(-1, 1), cache, cache['lengths'][:, None])
         (logits_R1V, cache), hidden_R1D = _apply(model, params, *arguments)
@@ -179,12 +184,14 @@ def advance_search(
         cosines_BkL = jnp.einsum('BkD,BLD->BkL', hidden_BkD, state.hidden_BLD)
         is_text_B1L = (jnp.arange(cosines_BkL.shape[-1]) < state.lengths_B[:, None])[:, None]
         likeness_Bk = jnp.max(jnp.where(is_text_B1L, cosines_BkL, -1.0), axis=-1)
-        taken_B = jnp.argmax((1 - penalty_alpha) * probabilities_Bk - penalty_alpha * likeness_Bk, axis=-1)
+        worth_Bk = (1 - penalty_alpha) * probabilities_Bk - penalty_alpha * likeness_Bk
+        # Where fewer than k tokens are left, what was dropped is among the candidates, and may be unlike the text.
+        taken_B = jnp.argmax(jnp.where(is_banned_Bk, -jnp.inf, worth_Bk), axis=-1)
         rows_B = jnp.arange(batch)
         token_B, parents_B = tokens_Bk[rows_B, taken_B], rows_B * candidates + taken_B
         next_slots = (rows_B, state.lengths_B)
         logprobs_BV = jax.nn.log_softmax(state.logits_BV, axis=-1)
-        ended_B = (token_B == chain.end_of_text) | (state.count + 1 >= max_new_tokens)
+        ended_B = chain.is_end(token_B) | (state.count + 1 >= max_new_tokens)
         return ContrastiveState(
             cache=cache,
             parents_B=parents_B,
@@ -202,8 +209,8 @@ def advance_search(
 
 
 def _apply(model, params, tokens_BT, *arguments, method: str = '__call__') -> tuple[tuple, jax.Array]:
-    """What `model.apply` gives, and the hidden states behind the logits as float32 vectors of length 1."""
-    result, captured = model.apply(
+    """Logits and cache, and the hidden states behind the logits as float32 vectors of length 1."""
+    (logits, cache), captured = model.apply(
         {'params': params},
         tokens_BT,
         *arguments,
@@ -212,4 +219,4 @@ def _apply(model, params, tokens_BT, *arguments, method: str = '__call__') -> tu
         capture_intermediates=lambda module, _: module.name == 'ln_f',
     )
     hidden_BTD = captured['intermediates']['ln_f']['__call__'][0].astype(jnp.float32)
-    return result, hidden_BTD / jnp.linalg.norm(hidden_BTD, axis=-1, keepdims=True)
+    return (of_tokens(params, logits), cache), hidden_BTD / jnp.linalg.norm(hidden_BTD, axis=-1, keepdims=True)

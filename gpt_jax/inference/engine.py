@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, unstack_layers
 from gpt_jax.models.cache import Cache
@@ -31,6 +32,8 @@ SMALLEST_LENGTH = 32
 # Beyond this length powers of two would waste more time on padding than a program takes to compile.
 FINE_FROM, STEPS_AN_OCTAVE = 256, 8
 SMALLEST_STEP = 64
+# Beside a model's parameters: which ids are no tokens.
+NO_TOKEN = 'no_token_V'
 
 
 def padded_length(length: int, most: int | None = None) -> int:
@@ -68,6 +71,9 @@ class Engine:
     The layers are unstacked and matrices are held in the compute dtype, once: a loop that cuts or casts them reads more
     memory for each token than the model has. On one device kernels are transposed as well (`models/layers.py`).
 
+    A model may have ids that no token has: those that fill its head up, or holes. Their logits are -inf here, where all
+    logits come from, so that no strategy takes one, and probabilities are those among tokens.
+
     Attributes:
       model, mesh, cache_dtype: as given.
       params: what the compiled programs take.
@@ -78,6 +84,7 @@ class Engine:
         model: GPT,
         params: Any,
         *,
+        tokenizer: Tokenizer | None = None,
         cache_dtype: jnp.dtype | str | None = None,
         mesh: Mesh | None = None,
         weights: Literal['copy', 'take', 'share'] = 'copy',
@@ -86,6 +93,7 @@ class Engine:
 
         Args:
           model, params: a GPT and its parameters, stacked as a checkpoint has them.
+          tokenizer: its tokens alone are written; None: every id of the model is one.
           cache_dtype: of keys and values, as a dtype or one of 'f32', 'bf16' and 'fp16'; None: the compute dtype.
           mesh: splits rows over 'data' and 'fsdp' and parameters by the rules of training; None: one device.
           weights: what becomes of `params`. 'copy': they stay, beside what is laid out for decoding. 'take': they are
@@ -98,6 +106,10 @@ class Engine:
         dtype = COMPUTE_DTYPES.get(cache_dtype, cache_dtype) if isinstance(cache_dtype, str) else cache_dtype
         self.cache_dtype = jnp.dtype(model.config.dtype if dtype is None else dtype)
         self.params = params if weights == 'share' else _lay_out(model, mesh, params)
+        no_token_V = np.zeros(0, bool) if tokenizer is None else ~tokenizer.is_token(model.config.vocab_size)
+        if no_token_V.any():  # an array less, and the programs of before, where all are tokens
+            place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+            self.params = self.params | {NO_TOKEN: jax.device_put(no_token_V, place)}
         if weights == 'take':
             # What the layout leaves as it was is passed on by jax, not copied.
             kept = {id(leaf) for leaf in jax.tree.leaves(self.params)}
@@ -163,7 +175,13 @@ def read(
     positions_BT = cache['lengths'][:, None] + jnp.arange(tokens_BT.shape[1])
     if active_B is not None:
         positions_BT = jnp.where(active_B[:, None], positions_BT, -1)
-    return model.apply({'params': params}, tokens_BT, cache=cache, positions=positions_BT)
+    logits_BTV, cache = model.apply({'params': params}, tokens_BT, cache=cache, positions=positions_BT)
+    return of_tokens(params, logits_BTV), cache
+
+
+def of_tokens(params: Any, logits_V: jax.Array) -> jax.Array:
+    """Logits [..., vocab] of a model with an engine's `params`: -inf where the engine knows of no token."""
+    return jnp.where(params[NO_TOKEN], -jnp.inf, logits_V) if NO_TOKEN in params else logits_V
 
 
 def run_steps(step: Callable, goes_on: Callable, most: jax.Array | int, state: Any) -> Any:
@@ -184,7 +202,8 @@ def run_steps(step: Callable, goes_on: Callable, most: jax.Array | int, state: A
 def _prefill(model, mesh, params, tokens_BT, lengths_B, slots, dtype, undoable) -> tuple[jax.Array, Cache]:
     with activate(mesh):
         cache = model.init_cache(tokens_BT.shape[0], slots, dtype, undoable)
-        return model.apply({'params': params}, tokens_BT, lengths_B, cache, method='prefill')
+        logits_BV, cache = model.apply({'params': params}, tokens_BT, lengths_B, cache, method='prefill')
+        return of_tokens(params, logits_BV), cache
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'mesh'), donate_argnames='cache')

@@ -93,9 +93,10 @@ def ban_words(logits_BV: jax.Array, tokens_BL: jax.Array, lengths_B: jax.Array, 
     return jnp.where(_mark(logits_BV, last_BW, jnp.all(begun_BWN, axis=-1) & (last_BW >= 0)), -jnp.inf, logits_BV)
 
 
-def ban_end_of_text(logits_BV: jax.Array, end_of_text: jax.Array | int, banned_B: jax.Array) -> jax.Array:
-    """Drops the token `end_of_text` in the rows that `banned_B` tells."""
-    dropped_BV = banned_B[:, None] & (jnp.arange(logits_BV.shape[-1]) == end_of_text)
+def ban_end_of_text(logits_BV: jax.Array, ends_E: jax.Array | int, banned_B: jax.Array) -> jax.Array:
+    """Drops the tokens `ends_E` (or the one) that end a text, in the rows that `banned_B` tells."""
+    is_end_V = jnp.any(jnp.arange(logits_BV.shape[-1])[:, None] == jnp.atleast_1d(ends_E), axis=-1)
+    dropped_BV = banned_B[:, None] & is_end_V
     return jnp.where(dropped_BV, -jnp.inf, logits_BV)
 
 

@@ -18,13 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax.checkpoints import LanguageModel
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.inference.engine import STEPS_AT_A_TIME, Engine, pack, padded_length, read, run_steps
-from gpt_jax.inference.sampling import Chain, Sampling
+from gpt_jax.inference.sampling import LARGEST_SEED, Chain, Sampling, check_whole, check_within
 from gpt_jax.models import GPT
 from gpt_jax.models.cache import Cache, put_rows
 from gpt_jax.parallel import activate
+from gpt_jax.parallel.devices import host_memory, memory_of
+
+# What Python takes for a finished continuation, and for each of its tokens with its log-probability.
+RESULT_BYTES, RESULT_TOKEN_BYTES = 500, 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +38,43 @@ class StoppingCriteria:
 
     Attributes:
       max_new_tokens: at most this many tokens.
-      end_of_text: the token that ends it.
+      end_of_text: the token that ends it, and that an empty prompt starts from.
       stop: the new tokens so far -> how many of them to keep, or None to go on (`StopStrings`).
       allow_sliding: where the text outgrows block_size, go on from the last half of a block; without it prompt and new
         tokens must fit in block_size.
+      eos_token_ids: the tokens that end it, where a checkpoint names its own; none: `end_of_text`.
+
+    Raises:
+      InputError: max_new_tokens is no count.
     """
 
     max_new_tokens: int
     end_of_text: int
     stop: Callable[[Sequence[int]], int | None] | None = None
     allow_sliding: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        check_whole('max_new_tokens', self.max_new_tokens, 1)
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LanguageModel,
+        max_new_tokens: int,
+        stop: Callable[[Sequence[int]], int | None] | None = None,
+        allow_sliding: bool = False,
+    ) -> 'StoppingCriteria':
+        """Ends texts where the checkpoint says: at its own `eos_token_ids`, as far as its tokenizer has them."""
+        # A config.json of Hugging Face's names GPT-2's 50256 unless told otherwise, whatever the vocabulary.
+        is_token_V = loaded.tokenizer.is_token(loaded.model.config.vocab_size)
+        ends = tuple(id_ for id_ in loaded.eos_token_ids if 0 <= id_ < len(is_token_V) and is_token_V[id_])
+        return cls(max_new_tokens, loaded.tokenizer.end_of_text, stop, allow_sliding, ends)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self.eos_token_ids or (self.end_of_text,)
 
     def check_search(self, strategy: str) -> None:
         """Raises InputError where it asks for what only sampling and greedy decoding do."""
@@ -73,13 +105,13 @@ class Generation:
 
     @classmethod
     def finished(
-        cls, tokens: Sequence[int], logprobs: Sequence[float], end_of_text: int, score: float | None = None
+        cls, tokens: Sequence[int], logprobs: Sequence[float], ends: Sequence[int], score: float | None = None
     ) -> 'Generation':
-        """Of new tokens up to end-of-text or beyond it."""
+        """Of new tokens up to the first of those that end a text, or beyond it."""
         tokens, logprobs = list(map(int, tokens)), list(map(float, logprobs))
-        if end_of_text not in tokens:
+        kept = next((place for place, token in enumerate(tokens) if token in ends), None)
+        if kept is None:
             return cls(tokens, logprobs, 'length', score)
-        kept = tokens.index(end_of_text)
         return cls(tokens[:kept], logprobs[:kept], 'stop', score, logprobs[kept])
 
 
@@ -122,10 +154,14 @@ class Strategy(Protocol):
     ) -> Batch:
         """A batch of requests that has not advanced."""
 
-    def check(
-        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stopping: StoppingCriteria
-    ) -> None:
-        """Raises InputError where settings do not go together."""
+    def rows(self, vocab_size: int) -> int:
+        """How many rows of the KV cache a request takes."""
+
+    def check_settings(self, sampling: Sampling, stopping: StoppingCriteria) -> None:
+        """Raises InputError where settings do not go together, whatever the model."""
+
+    def check(self, engine: Engine, requests: Sequence[Request], stopping: StoppingCriteria) -> None:
+        """Raises InputError where they do not go with the model or the requests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +177,7 @@ class BestOf:
       length_penalty: see above.
 
     Raises:
-      InputError: more sequences than draws.
+      InputError: more sequences than draws, or a number out of range.
     """
 
     best_of: int
@@ -149,6 +185,8 @@ class BestOf:
     length_penalty: float = 1.0
 
     def __post_init__(self):
+        check_whole('best_of', self.best_of, 1)
+        check_within('length_penalty', self.length_penalty, -10, 10)
         if not 1 <= self.num_return_sequences <= self.best_of:
             raise InputError(
                 f'num_return_sequences={self.num_return_sequences} must be from 1 to best_of={self.best_of}'
@@ -192,8 +230,8 @@ def generate(
       The continuations of each prompt; of a search the best first, with their scores.
 
     Raises:
-      InputError: a prompt and its new tokens exceed block_size, a count is below 1, or settings that do not go
-        together.
+      InputError: a prompt and its new tokens exceed block_size, a token of a prompt is none of the model's, a number is
+        out of range, settings do not go together, or what they take exceeds the memory that there is.
     """
     counts = {'num_samples': num_samples, 'seed': seed, 'batch_size': batch_size}
     results = list(dict(stream(engine, prompts, sampling, stopping, strategy=strategy, **counts)).values())
@@ -219,22 +257,24 @@ def stream(
     The last of a continuation has a `finish_reason`. Index 0 is the first sample of the first prompt, 1 its second.
     `first` is the index of the first prompt as far as draws are concerned. Raises as `generate`, before anything else.
     """
-    if batch_size < 1:
-        raise InputError(f'batch_size={batch_size} must be at least 1')
+    check_settings(sampling, stopping, strategy, num_samples=num_samples, seed=seed, batch_size=batch_size)
     if isinstance(strategy, BestOf):
-        if sampling.greedy:
-            raise InputError(f'best_of={strategy.best_of} with greedy decoding: all would be the same; sample instead')
         counts = {'num_samples': strategy.best_of, 'seed': seed, 'batch_size': batch_size, 'first': first}
         drawn = list(dict(stream(engine, prompts, sampling, stopping, **counts)).values())
         of_prompt = (drawn[start : start + strategy.best_of] for start in range(0, len(drawn), strategy.best_of))
         return enumerate(generation for draws in of_prompt for generation in strategy.choose(draws))
-    requests = make_requests(engine.model.config.block_size, prompts, stopping, num_samples, first)
-    sampling.chain(engine.model.config.vocab_size, stopping.end_of_text)  # a banned token may not exist
+    config = engine.model.config
+    for prompt in prompts:
+        if len(prompt) and (min(prompt) < 0 or max(prompt) >= config.vocab_size):
+            wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
+            raise InputError(f'token {wrong} of a prompt is not among the {config.vocab_size} of the model')
+    requests = make_requests(config.block_size, prompts, stopping, 1, first)
+    _check_memory(engine, requests, stopping, strategy, num_samples, batch_size)
+    requests = make_requests(config.block_size, prompts, stopping, num_samples, first)
+    sampling.chain(engine.model.config.vocab_size, stopping.ends)  # a banned token may not exist
     begin = functools.partial(_begin_sampling, engine)
     if strategy is not None:
-        if num_samples > 1 and not strategy.draws:
-            raise InputError(f'num_samples={num_samples} of a search would all be the same; ask for 1')
-        strategy.check(engine, requests, sampling, stopping)
+        strategy.check(engine, requests, stopping)
         begin = functools.partial(strategy.begin, engine)
         batch_size = batch_size if strategy.largest_batch is None else min(batch_size, strategy.largest_batch)
 
@@ -250,14 +290,84 @@ def stream(
     return updates()
 
 
+def check_settings(
+    sampling: Sampling,
+    stopping: StoppingCriteria,
+    strategy: Strategy | BestOf | None = None,
+    *,
+    num_samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> None:
+    """Raises InputError where a number is out of range or settings contradict each other, whatever the model."""
+    check_whole('num_samples', num_samples, 1)
+    check_whole('batch_size', batch_size, 1)
+    check_whole('seed', seed, 0, LARGEST_SEED)
+    if sampling.min_new_tokens > stopping.max_new_tokens:
+        raise InputError(
+            f'min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={stopping.max_new_tokens}; '
+            'make it less, or allow more new tokens'
+        )
+    if isinstance(strategy, BestOf):
+        if sampling.greedy:
+            raise InputError(f'best_of={strategy.best_of} with greedy decoding: all would be the same; sample instead')
+    elif strategy is not None:
+        if num_samples > 1 and not strategy.draws:
+            raise InputError(f'num_samples={num_samples} of a search would all be the same; ask for 1')
+        strategy.check_settings(sampling, stopping)
+
+
+def _check_memory(
+    engine: Engine,
+    requests: Sequence[Request],
+    stopping: StoppingCriteria,
+    strategy: Strategy | None,
+    num_samples: int,
+    batch_size: int,
+) -> None:
+    """Raises InputError where the texts, or a batch of them, take more memory than there is at all.
+
+    An estimate that leaves out much: what exceeds it cannot be made.
+    """
+    count, new = len(requests) * num_samples, stopping.max_new_tokens
+    if not count:
+        return
+    there, host = count * (RESULT_BYTES + new * RESULT_TOKEN_BYTES), host_memory()
+    if there > host:
+        raise InputError(
+            f'{count} texts of up to {new} new tokens take some {_gigabytes(there)}, and this machine has '
+            f'{_gigabytes(host)}; ask for fewer samples, fewer prompts or fewer new tokens at once'
+        )
+    config, length = engine.model.config, longest_text(requests, stopping)
+    batch_size = min(batch_size, count, (strategy and strategy.largest_batch) or count)
+    rows = engine.batch_size(batch_size) * (1 if strategy is None else strategy.rows(config.vocab_size))
+    slots = padded_length(min(length, config.block_size), config.block_size)
+    seen = [slots if config.band(layer) is None else min(slots, config.band_size) for layer in range(config.n_layer)]
+    parts = {
+        'the KV cache': rows * 2 * config.d_model * engine.cache_dtype.itemsize * sum(seen),
+        'logits': rows * 2 * 4 * config.vocab_size,
+        'texts': rows * 2 * 8 * padded_length(length),
+    }
+    devices = jax.local_devices()[:1] if engine.mesh is None else list(engine.mesh.devices.flat)
+    needed, memory = sum(parts.values()), memory_of(devices)
+    if needed > memory:
+        largest = max(parts, key=parts.get)
+        raise InputError(
+            f'a batch of {rows} texts of {length} tokens takes some {_gigabytes(needed)}, most for {largest}, and '
+            f'there are {_gigabytes(memory)}; use a smaller batch_size, fewer beams or candidates, or fewer new tokens'
+        )
+
+
+def _gigabytes(count: int) -> str:
+    return f'{count / 1e9:,.1f} GB'
+
+
 def make_requests(
     block_size: int, prompts: Sequence[Sequence[int]], stopping: StoppingCriteria, num_samples: int = 1, first: int = 0
 ) -> list[Request]:
     """The requests that `generate` makes of prompts; raises InputError as it does."""
     count = stopping.max_new_tokens
-    for name, value in (('max_new_tokens', count), ('num_samples', num_samples)):
-        if value < 1:
-            raise InputError(f'{name}={value} must be at least 1')
+    check_whole('num_samples', num_samples, 1)
     prompts = [list(prompt) or [stopping.end_of_text] for prompt in prompts]
     for index, prompt in enumerate(prompts):
         which = 'the prompt' if len(prompts) == 1 else f'prompt {index + 1}'
@@ -292,7 +402,7 @@ def sample_text(
     block_size = model.config.block_size
     tokens = tokenizer.encode(prompt)[-(block_size - 1) :] or [tokenizer.end_of_text]
     stopping = StoppingCriteria(min(max_new_tokens, block_size - len(tokens)), tokenizer.end_of_text)
-    engine = Engine(model, params, weights='share')
+    engine = Engine(model, params, tokenizer=tokenizer, weights='share')
     ((result,),) = generate(engine, [tokens], Sampling(temperature=temperature, top_k=top_k), stopping, seed=seed)
     return prompt + tokenizer.decode(result.tokens)
 
@@ -346,7 +456,7 @@ class SamplingBatch:
           seed: of the draws.
         """
         self._engine, self._stopping, self._seed = engine, stopping, seed
-        self._chain = sampling.chain(engine.model.config.vocab_size, stopping.end_of_text)
+        self._chain = sampling.chain(engine.model.config.vocab_size, stopping.ends)
         block_size = engine.model.config.block_size
         self._length = min(length, block_size)  # tokens of the longest window
         self._slots = padded_length(self._length + self.slack, block_size + self.slack)  # of the cache
@@ -426,7 +536,7 @@ class SamplingBatch:
             lengths_B=place(self._lengths_B),
             prompts_B=place(self._prompts_B),
             done_B=place(self._done_B),
-            keys_B=row_keys(self._seed, place(self._draws_B2)),
+            keys_B=row_keys(np.uint32(self._seed), place(self._draws_B2)),
         )
         self._is_stale = False
 
@@ -472,7 +582,7 @@ class SamplingBatch:
             new = slice(self._prompts_B[row], self._lengths_B[row])
             tokens, logprobs = self._tokens_BL[row, new].tolist(), self._logprobs_BL[row, new].tolist()
             kept, reason = len(tokens), 'length' if self._done_B[row] else None
-            if tokens and tokens[-1] == stopping.end_of_text:
+            if tokens and tokens[-1] in stopping.ends:
                 kept, reason = kept - 1, 'stop'
                 generation.end_logprob = logprobs[-1]
             stop = None if stopping.stop is None else stopping.stop(tokens[:kept])
@@ -566,7 +676,7 @@ def _append(state: DecodeState, logits_BV: jax.Array, active_B: jax.Array, max_n
     # A slot that does not exist takes nothing.
     slot_B = jnp.where(active_B, state.lengths_B, state.tokens_BL.shape[1])
     rows_B = jnp.arange(slot_B.size)
-    ended_B = (token_B == chain.end_of_text) | (new_B + 1 >= max_new_tokens)
+    ended_B = chain.is_end(token_B) | (new_B + 1 >= max_new_tokens)
     return state.replace(
         tokens_BL=state.tokens_BL.at[rows_B, slot_B].set(token_B, mode='drop'),
         logprobs_BL=state.logprobs_BL.at[rows_B, slot_B].set(logprob_B, mode='drop'),

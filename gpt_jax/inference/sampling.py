@@ -1,6 +1,6 @@
 """Choosing a token: the settings, the chain of filters that they mean, and drawing.
 
-    chain = Sampling(temperature=0.8, top_p=0.95).chain(vocab_size, end_of_text)
+    chain = Sampling(temperature=0.8, top_p=0.95).chain(vocab_size, ends)
     token_B = chain.choose(keys_B, logits_BV, tokens_BL, lengths_B, new_B)
 
 A chain is a tree of arrays: passed through `jax.jit`, other numbers compile nothing new; another set of filters does.
@@ -25,7 +25,28 @@ CANDIDATES = (64, 256, 1024)
 # Tokens that a draw looks at one by one, after it has drawn which of the blocks of the vocabulary it takes them from.
 BLOCK = 256
 
+# Beyond these a float32 of the logits overflows, or becomes 0.
+TEMPERATURES, PENALTIES = (1e-20, 1e20), (1e-10, 1e10)
+LEAST_MASS = 1e-30
+LARGEST_INT = 2**31 - 1
+LARGEST_SEED = 2**32 - 1
+
 Filter = Callable[[jax.Array], jax.Array]
+
+
+def check_whole(name: str, value: int, least: int, most: int = LARGEST_INT) -> None:
+    """Raises InputError where `value` is no whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InputError(f'{name}={value!r} must be a whole number')
+    if not least <= value <= most:
+        bound = f'at least {least}' if value < least else f'at most {most}'
+        raise InputError(f'{name}={value} must be {bound}')
+
+
+def check_within(name: str, value: float, least: float, most: float) -> None:
+    """Raises InputError where `value` is no number from `least` to `most`."""
+    if not least <= value <= most:
+        raise InputError(f'{name}={value} must be from {least:g} to {most:g}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +83,10 @@ class Sampling:
     def __post_init__(self):
         if not 0 < self.temperature < float('inf'):
             raise InputError(f'temperature={self.temperature} must be above 0; for the likeliest token use greedy')
+        check_within('temperature', self.temperature, *TEMPERATURES)
         if self.top_k < 0:
             raise InputError(f'top_k={self.top_k} must be at least 1, or 0 for all tokens')
+        check_whole('top_k', self.top_k, 0)
         for name in ('top_p', 'typical_p'):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f'{name}={getattr(self, name)} must be above 0 and at most 1; 1 leaves it out')
@@ -71,16 +94,18 @@ class Sampling:
             raise InputError(f'min_p={self.min_p} must be from 0 to 1; 0 leaves it out')
         if not 0 < self.repetition_penalty < float('inf'):
             raise InputError(f'repetition_penalty={self.repetition_penalty} must be above 0; 1 leaves it out')
+        check_within('repetition_penalty', self.repetition_penalty, *PENALTIES)
         for name in ('no_repeat_ngram_size', 'min_new_tokens'):
             if getattr(self, name) < 0:
                 raise InputError(f'{name}={getattr(self, name)} must be at least 1, or 0 to leave it out')
+            check_whole(name, getattr(self, name), 0)
         words = tuple(tuple(int(token) for token in word) for word in self.bad_words_ids)
         if any(not word or min(word) < 0 for word in words):
             raise InputError(f'bad_words_ids={list(words)}: a word is a list of at least one token id from 0 on')
         object.__setattr__(self, 'bad_words_ids', words)
 
-    def chain(self, vocab_size: int, end_of_text: int) -> 'Chain':
-        """These settings for a model's logits.
+    def chain(self, vocab_size: int, end_of_text: int | Sequence[int]) -> 'Chain':
+        """These settings for a model's logits; `end_of_text` is the token that ends a text, or all that do.
 
         Raises:
           InputError: bad_words_ids has a token that the vocabulary has not.
@@ -88,8 +113,9 @@ class Sampling:
         for word in self.bad_words_ids:
             if max(word) >= vocab_size:
                 raise InputError(f'bad_words_ids: token {max(word)} is not in the vocabulary of {vocab_size} tokens')
+        ends = (end_of_text,) if isinstance(end_of_text, int | np.integer) else tuple(end_of_text)
         # As in Hugging Face's, end-of-text cannot be banned: min_new_tokens puts it off.
-        words = [word for word in self.bad_words_ids if word != (end_of_text,)]
+        words = [word for word in self.bad_words_ids if word not in [(end,) for end in ends]]
         used = {
             'repetition_penalty': self.repetition_penalty != 1,
             'no_repeat_ngram_size': self.no_repeat_ngram_size > 0,
@@ -101,13 +127,15 @@ class Sampling:
             'min_p': not self.greedy and self.min_p > 0,
             'typical_p': not self.greedy and self.typical_p < 1,
         }
-        numbers = {name: np.float32(getattr(self, name)) for name in ('temperature', 'top_p', 'min_p', 'typical_p')}
+        numbers = {name: np.float32(getattr(self, name)) for name in ('temperature', 'min_p')}
+        # At a mass of 0, which is what rounding would make of less, no token would be left.
+        numbers |= {name: np.float32(max(getattr(self, name), LEAST_MASS)) for name in ('top_p', 'typical_p')}
         return Chain(
             **numbers,
             top_k=np.int32(min(self.top_k, vocab_size)),
             repetition_penalty=np.float32(self.repetition_penalty),
             min_new_tokens=np.int32(self.min_new_tokens),
-            end_of_text=np.int32(end_of_text),
+            ends_E=np.array(ends, np.int32),
             bad_words_WN=_word_table(words),
             used=tuple(name for name, is_used in used.items() if is_used),
             no_repeat_ngram_size=self.no_repeat_ngram_size,
@@ -125,7 +153,7 @@ class Chain:
       used: names of the filters that act, in order (static).
       no_repeat_ngram_size: see `Sampling` (static).
       candidates: how many of the likeliest tokens are looked at if top_k is used; 0: all (static).
-      The others are arrays; see `Sampling`.
+      ends_E: the tokens that end a text; an array, as the others are: see `Sampling`.
     """
 
     temperature: jax.Array
@@ -135,7 +163,7 @@ class Chain:
     typical_p: jax.Array
     repetition_penalty: jax.Array
     min_new_tokens: jax.Array
-    end_of_text: jax.Array
+    ends_E: jax.Array
     bad_words_WN: jax.Array
     used: tuple[str, ...] = flax.struct.field(pytree_node=False)
     no_repeat_ngram_size: int = flax.struct.field(pytree_node=False)
@@ -146,6 +174,10 @@ class Chain:
         """Whether the likeliest token is taken."""
         return 'temperature' not in self.used
 
+    def is_end(self, tokens: jax.Array) -> jax.Array:
+        """Which of the tokens, of any shape, end a text."""
+        return jnp.any(tokens[..., None] == jnp.asarray(self.ends_E), axis=-1)
+
     def processors(self, tokens_BL: jax.Array, lengths_B: jax.Array, new_B: jax.Array) -> list[tuple[str, Filter]]:
         """What acts in every strategy, by name and in order."""
         text = (tokens_BL, lengths_B)
@@ -153,7 +185,7 @@ class Chain:
             'repetition_penalty': lambda x: filters.penalize_repetition(x, *text, self.repetition_penalty),
             'no_repeat_ngram_size': lambda x: filters.ban_repeated_ngrams(x, *text, self.no_repeat_ngram_size),
             'bad_words_ids': lambda x: filters.ban_words(x, *text, jnp.asarray(self.bad_words_WN)),
-            'min_new_tokens': lambda x: filters.ban_end_of_text(x, self.end_of_text, new_B < self.min_new_tokens),
+            'min_new_tokens': lambda x: filters.ban_end_of_text(x, self.ends_E, new_B < self.min_new_tokens),
         }
         return self._in_use(filters_by_name)
 
@@ -225,9 +257,18 @@ def categorical(keys_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
 
 
 def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """`bad_words_ids` of words: each at the start of a text, and after a space, where its tokens are others."""
+    """`bad_words_ids` of words: each at the start of a text, and after a space, where its tokens are others.
+
+    A word with special tokens in it is meant as text and as these tokens. One with characters that the tokenizer does
+    not know is never written anyway. Raises InputError where a word is empty.
+    """
+    if not all(words):
+        raise InputError("bad_words='' is no word; give at least one character, or leave it out")
     spellings = [spelling for word in words for spelling in (word, f' {word}')]
-    return tuple(dict.fromkeys(tuple(tokenizer.encode(spelling)) for spelling in spellings))
+    known = [spelling for spelling in spellings if not tokenizer.unknown_characters(spelling)]
+    found = [tokenizer.encode(spelling) for spelling in known]
+    found += [tokenizer.encode(word, special=True) for word in words if tokenizer.find_special(word)]
+    return tuple(dict.fromkeys(map(tuple, found)))
 
 
 def _apply(logits_BV: jax.Array, named_filters: list[tuple[str, Filter]]) -> jax.Array:

@@ -19,10 +19,13 @@ from jax.sharding import Mesh
 from gpt_jax.errors import InputError
 from gpt_jax.inference.engine import Engine, read, run_steps
 from gpt_jax.inference.generate import DecodeState, Request, SamplingBatch, StoppingCriteria, longest_text
-from gpt_jax.inference.sampling import Chain, Sampling
+from gpt_jax.inference.sampling import Chain, Sampling, check_whole
 from gpt_jax.models import GPT
 from gpt_jax.models.cache import Cache, truncate
 from gpt_jax.parallel import activate
+
+# Above these a round costs more than any number of accepted tokens would save.
+MOST_DRAFT_TOKENS, LONGEST_NGRAM = 1024, 64
 
 
 @dataclasses.dataclass
@@ -61,7 +64,7 @@ class Speculative:
       acceptance: counts the draft tokens.
 
     Raises:
-      InputError: a count is below 1.
+      InputError: a count is out of range.
     """
 
     draft_tokens: int = 4
@@ -73,19 +76,24 @@ class Speculative:
     largest_batch = 1
 
     def __post_init__(self):
-        for name, value in (('draft_tokens', self.draft_tokens), ('prompt_lookup', self.ngram)):
-            if value < 1:
-                raise InputError(f'{name}={value} must be at least 1')
+        check_whole('draft_tokens', self.draft_tokens, 1, MOST_DRAFT_TOKENS)
+        check_whole('prompt_lookup', self.ngram, 1, LONGEST_NGRAM)
 
-    def check(
-        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stopping: StoppingCriteria
-    ) -> None:
-        """Raises InputError where no drafts can be made for these requests."""
+    def rows(self, vocab_size: int) -> int:
+        """Of the KV cache, for each request."""
+        del vocab_size
+        return 1
+
+    def check_settings(self, sampling: Sampling, stopping: StoppingCriteria) -> None:
+        """Raises InputError where they do not go with drafts."""
         del sampling
         if stopping.allow_sliding:
             raise InputError(
                 'allow_sliding does not go with speculative decoding; use fewer new tokens, or leave one out'
             )
+
+    def check(self, engine: Engine, requests: Sequence[Request], stopping: StoppingCriteria) -> None:
+        """Raises InputError where no drafts can be made for these requests."""
         if engine.batch_size(1) > 1:
             raise InputError(
                 'speculative decoding continues one text at a time, which a mesh cannot split; use one device'
@@ -290,7 +298,7 @@ def _check_draft(
     new_T = jnp.append(draft.tokens_T, 0).at[accepted].set(token)
     logprobs_TV = jax.nn.log_softmax(logits_BTV[0], axis=-1)
     logprobs_T = jnp.take_along_axis(logprobs_TV, new_T[:, None], axis=1)[:, 0]
-    ends_T = (new_T == chain.end_of_text) & (steps_T <= accepted)
+    ends_T = chain.is_end(new_T) & (steps_T <= accepted)
     first_end = jnp.where(jnp.any(ends_T), jnp.argmax(ends_T), count + 1)
     kept = jnp.minimum(jnp.minimum(accepted, first_end) + 1, max_new_tokens - new)
     batch = batch.replace(

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -21,12 +22,30 @@ import platformdirs
 
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
+from gpt_jax.files import MOST_BYTES, decoded, read_text
 from gpt_jax.inference.generate import Generation
 
 HISTORY_LINES = 1000
+LONGEST_LINE = 2**24  # bytes of a prompt that is asked for
+# Characters of a prompt: that are cut into tokens at once in any case, and at most.
+SHORT, MOST_SLIDING = 2**16, 2**22
+NAMED_CHARACTERS = 10
 
 
 # Prompts.
+
+
+def read_standard_input(most: int = MOST_BYTES) -> bytes:
+    """All of standard input. Raises InputError where it is closed, no file or pipe, or has more than `most` bytes."""
+    if sys.stdin is None:
+        raise InputError('standard input is closed; give the text by a flag, or from a pipe')
+    try:
+        data = sys.stdin.buffer.read(most + 1)
+    except OSError as error:
+        raise InputError(f'standard input cannot be read ({error.strerror}); give text to it, or a flag') from None
+    if len(data) > most:
+        raise InputError(f'standard input has more than the {most:,} bytes that are read of it')
+    return data
 
 
 def read_prompts(text: str | None, path: str | os.PathLike | None, one_a_line: bool) -> list[str]:
@@ -39,25 +58,46 @@ def read_prompts(text: str | None, path: str | os.PathLike | None, one_a_line: b
         input is no part of it. Input without a byte is one empty prompt.
 
     Raises:
-      InputError: the file cannot be read, or the bytes are not UTF-8.
+      InputError: the file cannot be read or is none, the bytes are not UTF-8, or too many.
     """
     if text is not None:
         return [text]
-    if path is None and sys.stdin.isatty():
+    if path is None and sys.stdin is not None and sys.stdin.isatty():
         print('prompts, one a line, ended by Ctrl-D:' if one_a_line else 'prompt, ended by Ctrl-D:', file=sys.stderr)
-    name = 'standard input' if path is None else f'--prompt_file={path}'
-    try:
-        data = sys.stdin.buffer.read() if path is None else pathlib.Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise InputError(f'{name} cannot be read ({error.strerror}); name a text file') from None
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b'\n', 0, error.start) + 1
-        wrong = f'byte 0x{data[error.start]:02x} in line {line}, at offset {error.start}'
-        raise InputError(f'{name} is not UTF-8 ({wrong}); convert it, e.g. with iconv') from None
+    if path is None:
+        text = decoded(read_standard_input(), 'standard input')
+    else:
+        text = read_text(path, f'--prompt_file={path}')
     text = text.removesuffix('\n').removesuffix('\r')
     return [line.removesuffix('\r') for line in text.split('\n')] if one_a_line else [text]
+
+
+def check_prompt(prompt: str, tokenizer: Tokenizer, block_size: int, allow_sliding: bool) -> None:
+    """Raises InputError where a prompt is far too long, before it is cut into tokens, which takes memory.
+
+    What does not fit in the context is refused later anyway, and where sliding is allowed only its end is read.
+    """
+    fits = MOST_SLIDING if allow_sliding else max(block_size * tokenizer.longest_token, SHORT)
+    if len(prompt) > fits:
+        tokens = len(prompt) // tokenizer.longest_token
+        raise InputError(
+            f'a prompt has {len(prompt):,} characters, at least {tokens:,} tokens, and the model sees '
+            f'block_size={block_size} in all; give its last {fits:,} characters at most'
+        )
+
+
+def remarks(tokenizer: Tokenizer, name: str, texts: Sequence[str], parse_special: bool = False) -> list[str]:
+    """What a user may not expect to become of texts that are given as `name`, each in a line."""
+    lines, special = [], next(filter(None, map(tokenizer.find_special, texts)), None)
+    unknown = tokenizer.unknown_characters(''.join(texts))
+    if special is not None and not parse_special:
+        lines.append(f'note: {name} holds {special}, which is read as plain text; --parse_special makes it the token')
+    if unknown:
+        shown = ', '.join(map(repr, unknown[:NAMED_CHARACTERS])) + ', ...' * (len(unknown) > NAMED_CHARACTERS)
+        lines.append(
+            f'warning: {name} holds characters that the tokenizer does not know, read as its unknown token: {shown}'
+        )
+    return lines
 
 
 def prompt_loop(write: Callable[[list[str], int], None]) -> None:
@@ -66,17 +106,17 @@ def prompt_loop(write: Callable[[list[str], int], None]) -> None:
     Ctrl-C ends a continuation, and where none is under way the loop: KeyboardInterrupt. What a prompt cannot be is said
     in one line, and the next one asked for.
     """
+    if sys.stdin is None:
+        raise InputError('--interactive asks on standard input, which is closed')
     terminal = sys.stdin.isatty()
     with _history() if terminal else contextlib.nullcontext():
         for number in itertools.count():
             try:
-                prompt = input('> ' if terminal else '')
+                prompt = input('> ') if terminal else _next_line()
             except EOFError:
                 if terminal:
                     print()
                 return
-            except UnicodeDecodeError:
-                raise InputError('standard input is not UTF-8; convert it, e.g. with iconv') from None
             try:
                 write([prompt], number)
             except InputError as error:
@@ -85,6 +125,16 @@ def prompt_loop(write: Callable[[list[str], int], None]) -> None:
                 if not terminal:
                     raise
                 print('interrupted; Ctrl-D leaves', file=sys.stderr)
+
+
+def _next_line() -> str:
+    """A line of a pipe, which may have no end. Raises EOFError at the end of the input."""
+    data = sys.stdin.buffer.readline(LONGEST_LINE + 1)
+    if not data:
+        raise EOFError
+    if len(data) > LONGEST_LINE:
+        raise InputError(f'a line of standard input has more than {LONGEST_LINE:,} bytes, which no model reads')
+    return decoded(data, 'standard input').removesuffix('\n').removesuffix('\r')
 
 
 @contextlib.contextmanager
@@ -97,13 +147,16 @@ def _history() -> Iterator[None]:
         return
     path = pathlib.Path(platformdirs.user_state_dir('gpt_jax'), 'prompts')
     readline.set_history_length(HISTORY_LINES)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # none yet, or nobody's to read
         readline.read_history_file(path)
     try:
         yield
     finally:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        readline.write_history_file(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+        except OSError as error:
+            print(f'note: prompts are not kept, {path} cannot be written ({error.strerror})', file=sys.stderr)
 
 
 # From tokens to text.
@@ -161,14 +214,17 @@ class StopStrings:
       strings: as given.
     """
 
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
-        """Watches for `strings`; raises InputError where one is empty."""
+    def __init__(self, tokenizer: Tokenizer | None, strings: Sequence[str]):
+        """Watches for `strings`; raises InputError where one is empty or no text."""
         if not all(strings):
             raise InputError("stop='' is in every text; give at least one character, or leave it out")
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
-        # In bytes: a token may hold a part of a character. No character's encoding is found inside another's.
-        self._encoded = [string.encode() for string in strings]
+        try:
+            # In bytes: a token may hold a part of a character. No character's encoding is found inside another's.
+            self._encoded = [string.encode() for string in strings]
+        except UnicodeEncodeError as error:
+            raise InputError(f'stop={error.object!a} is no text: its bytes are not UTF-8; write it as UTF-8') from None
 
     def __call__(self, tokens: Sequence[int]) -> int | None:
         """How many of the new tokens there are once the first stop string is complete; None: there is none."""
@@ -269,11 +325,13 @@ class Writer:
         turn, self._stream, self._count = 0, None, 0
         try:
             for index, generation in updates:
-                latest[index] = generation
+                if index >= turn:  # what has been shown is not kept
+                    latest[index] = generation
                 while turn in latest:
                     show(latest[turn], turn, prompts, samples)
                     if latest[turn].finish_reason is None:
                         break
+                    del latest[turn]
                     turn += 1
         finally:
             # An interrupted text ends its line as well: what comes next is the shell's.
@@ -297,17 +355,22 @@ class Writer:
                 'prompt': prompts[index // samples],
                 'text': text_of(self._tokenizer, generation.tokens, self._stop),
                 'tokens': generation.tokens,
-                'logprobs': generation.logprobs,
+                'logprobs': [_finite(logprob) for logprob in generation.logprobs],
                 'finish_reason': generation.finish_reason,
             }
             if generation.score is not None:
-                row['score'] = generation.score
-            self._put(json.dumps(row) + '\n')
+                row['score'] = _finite(generation.score)
+            self._put(json.dumps(row, allow_nan=False) + '\n')
 
     def _put(self, text: str) -> None:
         if text:
             self._out.write(text)
             self._out.flush()
+
+
+def _finite(number: float) -> float | None:
+    """A number, or the null of what JSON cannot say."""
+    return number if math.isfinite(number) else None
 
 
 def _heading(index: int, prompts: int, samples: int) -> str:

@@ -1,12 +1,15 @@
 """The one description of a model's architecture, the published sizes, and what can be counted from it alone."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gpt_jax.config import LEAST_EPSILON, MOST_EXPANSION, MOST_IDS, MOST_LAYERS, MOST_WIDTH
 from gpt_jax.errors import InputError
 
 # Divisible by any usual tensor-parallel size, and a whole number of lanes for the matrix units.
@@ -16,8 +19,36 @@ COMPUTE_DTYPES = {'f32': jnp.float32, 'bf16': jnp.bfloat16, 'fp16': jnp.float16}
 
 ATTENTION_PATTERNS = ('dense', 'alternating')
 
+# Between the MLP's two matrices, by their names in transformers (its activations.py), of those without parameters.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'gelu_new': functools.partial(jax.nn.gelu, approximate=True),  # by tanh: GPT-1, section 4.1
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+    'relu': jax.nn.relu,
+    'relu2': lambda x: jnp.square(jax.nn.relu(x)),
+    'relu6': jax.nn.relu6,
+    'leaky_relu': jax.nn.leaky_relu,
+    'silu': jax.nn.silu,
+    'mish': jax.nn.mish,
+    'hardswish': jax.nn.hard_swish,
+    'tanh': jnp.tanh,
+    'sigmoid': jax.nn.sigmoid,
+    'linear': lambda x: x,
+}
+
 # What the backward pass makes again instead of keeping it; see GPTConfig.remat.
 REMAT_POLICIES = ('none', 'dots', 'names', 'full')
+
+LARGEST = {
+    'vocab_size': MOST_IDS,
+    'block_size': MOST_IDS,
+    'n_layer': MOST_LAYERS,
+    'n_head': MOST_WIDTH,
+    'd_model': MOST_WIDTH,
+    'mlp_expansion': MOST_EXPANSION,
+    'n_inner': MOST_WIDTH,
+    'band_size': MOST_IDS,
+}
 
 # GPT-3's paper gives no width for its bands: assumed to be that of GPT-Neo, its public counterpart.
 ASSUMED_BAND_SIZE = 256
@@ -27,8 +58,8 @@ ASSUMED_BAND_SIZE = 256
 class GPTConfig:
     """Architecture of a GPT-2/GPT-3 decoder.
 
-    Pre-LayerNorm blocks and a final one, learned positions, tanh-GELU, biases everywhere (GPT-2, section 2.3; GPT-3,
-    section 2.1, "the same model and architecture as GPT-2").
+    Pre-LayerNorm blocks and a final one, learned positions, biases everywhere, by default tanh-GELU (GPT-2, section
+    2.3; GPT-3, section 2.1, "the same model and architecture as GPT-2").
 
     Attributes:
       vocab_size: number of tokens; tables inside are padded to a multiple of 128, invisibly from outside.
@@ -36,7 +67,7 @@ class GPTConfig:
       n_layer: number of blocks.
       n_head: attention heads; must divide `d_model`.
       d_model: width of the residual stream.
-      mlp_expansion: the MLP's width as a multiple of `d_model`.
+      mlp_expansion: the MLP's width as a multiple of `d_model`; None where `n_inner` gives it.
       embedding_dropout: rate on the sum of token and position embeddings (GPT-2's `embd_pdrop`).
       attention_dropout: rate on the attention probabilities (`attn_pdrop`).
       mlp_dropout: rate on the MLP's output before it joins the residual stream.
@@ -56,6 +87,9 @@ class GPTConfig:
       compute_dtype: 'f32', 'bf16' or 'fp16': of matmuls and activations. Parameters, softmax, LayerNorm statistics and
         losses stay float32.
       layer_norm_epsilon: added to the variance (1e-5 in GPT-2's code).
+      activation: between the MLP's two matrices, a key of `ACTIVATIONS`.
+      n_inner: the MLP's width where it is no multiple of `d_model`; then `mlp_expansion` counts for nothing.
+      scale_attn_by_inverse_layer_idx: the product of query and key is also divided by the layer's number, from 1.
 
     Raises:
       InputError: on construction, where a value is out of range.
@@ -66,7 +100,7 @@ class GPTConfig:
     n_layer: int
     n_head: int
     d_model: int
-    mlp_expansion: int = 4
+    mlp_expansion: int | None = 4
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     mlp_dropout: float = 0.0
@@ -80,28 +114,44 @@ class GPTConfig:
     scan_layers: bool = False
     compute_dtype: str = 'f32'
     layer_norm_epsilon: float = 1e-5
+    activation: str = 'gelu_new'
+    n_inner: int | None = None
+    scale_attn_by_inverse_layer_idx: bool = False
 
     def __post_init__(self):
-        for key in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'd_model', 'mlp_expansion', 'band_size'):
+        if self.n_inner is not None:
+            # So that one width is described in one way.
+            object.__setattr__(self, 'mlp_expansion', None)
+        for key, largest in LARGEST.items():
             value = getattr(self, key)
+            if value is None and key == ('n_inner' if self.n_inner is None else 'mlp_expansion'):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f'model.{key}={value!r} must be a whole number of at least 1')
+            if value > largest:
+                raise InputError(f'model.{key}={value} must be at most {largest}')
         if self.d_model % self.n_head:
             raise InputError(
                 f'model.d_model={self.d_model} is not divisible by model.n_head={self.n_head}; '
                 f'the nearest width that is: {max(1, round(self.d_model / self.n_head)) * self.n_head}'
             )
         for key in ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout'):
-            if not 0.0 <= getattr(self, key) < 1.0:
+            if not (_is_number(getattr(self, key)) and 0.0 <= getattr(self, key) < 1.0):
                 raise InputError(f'model.{key}={getattr(self, key)} must be at least 0 and below 1')
         scale = self.attention_scale
-        if scale is not None and (isinstance(scale, bool) or not 0 < scale < math.inf):
+        if scale is not None and not (_is_number(scale) and 0 < scale < math.inf):
             raise InputError(f'model.attention_scale={scale} must be above 0, or unset for 1 / sqrt(head_dim)')
-        for key, known in (('attention_pattern', ATTENTION_PATTERNS), ('remat', REMAT_POLICIES)):
+        choices = {'attention_pattern': ATTENTION_PATTERNS, 'remat': REMAT_POLICIES, 'activation': tuple(ACTIVATIONS)}
+        for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise InputError(f'model.{key}={getattr(self, key)!r} must be one of {", ".join(known)}')
-        if not self.layer_norm_epsilon > 0:
-            raise InputError(f'model.layer_norm_epsilon={self.layer_norm_epsilon} must be above 0')
+        epsilon = self.layer_norm_epsilon
+        # Beyond 1 it is no small number that keeps a division sound, but another function.
+        if not (_is_number(epsilon) and LEAST_EPSILON <= epsilon <= 1):
+            raise InputError(f'model.layer_norm_epsilon={epsilon!r} must be at least {LEAST_EPSILON} and at most 1')
+        for key in ('qkv_bias', 'tie_embeddings', 'scan_layers', 'scale_attn_by_inverse_layer_idx'):
+            if not isinstance(getattr(self, key), bool):
+                raise InputError(f'model.{key}={getattr(self, key)!r} must be True or False')
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise InputError(f'precision.compute={self.compute_dtype!r} must be one of {", ".join(COMPUTE_DTYPES)}')
 
@@ -127,7 +177,7 @@ class GPTConfig:
     @property
     def d_mlp(self) -> int:
         """Width of the MLP's hidden layer."""
-        return self.d_model * self.mlp_expansion
+        return self.d_model * self.mlp_expansion if self.n_inner is None else self.n_inner
 
     @property
     def padded_vocab_size(self) -> int:
@@ -143,6 +193,10 @@ class GPTConfig:
     def num_parameters(self) -> int:
         """Trainable scalars as the papers count them: tied head counted once, no vocabulary padding."""
         return sum(parameters_by_part(self).values())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 GPT2_VOCAB_SIZE = 50257

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gpt_jax.errors import InputError
 from gpt_jax.models import attention
 from gpt_jax.models.cache import Cache, advance, init_cache, store
-from gpt_jax.models.config import GPTConfig, preset_config
+from gpt_jax.models.config import ACTIVATIONS, GPTConfig, preset_config
 from gpt_jax.models.layers import INIT_STD, Dense, Dropout, LayerNorm, copy_table, embed_tokens
 from gpt_jax.models.losses import linear_cross_entropy, masked_logits
 from gpt_jax.parallel import constrain, target_device
@@ -76,13 +76,19 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, cache_slots: Cache | None = None
+        self,
+        x_BTD: jax.Array,
+        info: TokenInfo,
+        layer: jax.Array | int,
+        layer_cache: tuple | None = None,
+        cache_slots: Cache | None = None,
     ) -> tuple[jax.Array, tuple | None]:
         """Attends over x itself, or over a cache that x is first added to.
 
         Args:
           x_BTD: normalised activations.
           info: what is known of the tokens; their positions are needed with a cache.
+          layer: which one it is, from 0.
           layer_cache: this layer's keys and values.
           cache_slots: where x goes in the cache (see `cache.advance`).
 
@@ -96,6 +102,9 @@ class CausalSelfAttention(nn.Module):
         q_BNTK, k_BNTK, v_BNTK = (
             constrain(y_BNTK, 'batch', 'heads', None, 'head_dim') for y_BNTK in qkv_BTCNK.transpose(2, 0, 3, 1, 4)
         )
+        if c.scale_attn_by_inverse_layer_idx:
+            # Of the queries, as in a scan the layer is not known when the program is made, and kernels take a number.
+            q_BNTK = (q_BNTK.astype(jnp.float32) / (layer + 1)).astype(q_BNTK.dtype)
         if layer_cache is None or cache_slots['empty']:
             # Prompts are padded at their end, so that no token of an empty cache has anything but tokens before it.
             y_BNTK = self._causal(q_BNTK, k_BNTK, v_BNTK, info)
@@ -140,7 +149,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with a tanh-GELU between them (GPT-1, section 4.1)."""
+    """Two matrices with an activation between them, by default a tanh-GELU (GPT-1, section 4.1)."""
 
     config: GPTConfig
 
@@ -150,7 +159,7 @@ class MLP(nn.Module):
         c = self.config
         residual_std = INIT_STD / math.sqrt(2 * c.n_layer)  # GPT-2, section 2.3
         x_BTF = checkpoint_name(Dense((c.d_model, c.d_mlp), dtype=c.dtype, name='up')(x_BTD), MLP_NAME)
-        x_BTF = constrain(nn.gelu(x_BTF, approximate=True), 'batch', 'time', 'mlp')
+        x_BTF = constrain(ACTIVATIONS[c.activation](x_BTF), 'batch', 'time', 'mlp')
         x_BTD = Dense((c.d_mlp, c.d_model), std=residual_std, dtype=c.dtype, name='down')(x_BTF)
         return Dropout(c.mlp_dropout)(x_BTD, info.rows_B)
 
@@ -166,13 +175,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, info: TokenInfo, layer_cache: tuple | None = None, cache_slots: Cache | None = None
+        self,
+        x_BTD: jax.Array,
+        info: TokenInfo,
+        layer: jax.Array | int,
+        layer_cache: tuple | None = None,
+        cache_slots: Cache | None = None,
     ) -> tuple[jax.Array, tuple | None]:
         """[B, T, D] -> [B, T, D], and the layer's updated cache (see CausalSelfAttention)."""
         c = self.config
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_1')(x_BTD)
         attend = CausalSelfAttention(c, self.band, name='attention')
-        h_BTD, layer_cache = attend(h_BTD, info, layer_cache, cache_slots)
+        h_BTD, layer_cache = attend(h_BTD, info, layer, layer_cache, cache_slots)
         x_BTD = constrain(x_BTD + h_BTD, 'batch', 'time', 'embed')
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_2')(x_BTD)
         h_BTD = MLP(c, name='mlp')(h_BTD, info)
@@ -405,7 +419,7 @@ class GPT(nn.Module):
         def run(x_BTD, layer_params, layer, band, layer_cache=None, cache_slots=None):
             rngs = {} if dropout_key is None else {'dropout': jax.random.fold_in(dropout_key, layer)}
             block = Block(self.config, band, parent=None)
-            return block.apply({'params': layer_params}, x_BTD, info, layer_cache, cache_slots, rngs=rngs)
+            return block.apply({'params': layer_params}, x_BTD, info, layer, layer_cache, cache_slots, rngs=rngs)
 
         return run
 
@@ -428,7 +442,7 @@ class GPT(nn.Module):
         block, x_BTD = Block(self.config, parent=None), jnp.zeros((1, 1, self.config.d_model))
         info = TokenInfo.of(jnp.zeros((1, 1), jnp.int32))
         layer_keys = jax.vmap(lambda layer: jax.random.fold_in(rng, layer))(jnp.arange(self.config.n_layer))
-        return jax.vmap(lambda key: block.init(key, x_BTD, info)['params'])(layer_keys)
+        return jax.vmap(lambda key: block.init(key, x_BTD, info, 0)['params'])(layer_keys)
 
     def _head(self) -> jax.Array:
         return self.wte if self.config.tie_embeddings else self.lm_head

@@ -4,13 +4,15 @@
     save(directory, config, params)
 
 A directory holds `config.json` and the weights, in `model.safetensors` or in several files that
-`model.safetensors.index.json` lists. Pickled weights are never read: loading a pickle runs the code in it.
+`model.safetensors.index.json` lists. Pickled weights are never read: loading a pickle runs the code in it. Nothing in a
+directory is trusted: every value has its bounds, and nothing large is made before sizes and tensors agree.
 
 From top to bottom: reading and writing a directory; where each of our parameters stands in its files; config.json <->
 GPTConfig; the safetensors files as one set of tensors.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -27,9 +29,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gpt_jax.errors import InputError
-from gpt_jax.files import new_folder
-from gpt_jax.models.config import COMPUTE_DTYPES, GPTConfig
+from gpt_jax.errors import InputError, first_line, printable
+from gpt_jax.files import check_regular, new_folder, read_json
+from gpt_jax.models.config import ACTIVATIONS, COMPUTE_DTYPES, GPTConfig
 from gpt_jax.models.gpt import parameter_shapes
 
 GPT2, GPT_NEO = 'gpt2', 'gpt_neo'
@@ -40,7 +42,9 @@ PICKLED = ('pytorch_model.bin', 'pytorch_model.bin.index.json')
 COPY_AGAIN = 'copy it again from where it came from'
 
 PREFIX = 'transformer.'
-HEAD = 'lm_head.weight'
+TABLE, HEAD = 'wte.weight', 'lm_head.weight'
+# Tensors that every model has once: what stands before their names stands before all.
+ANCHORS = ('wpe.weight', 'ln_f.weight', 'ln_f.bias')
 FLOATS = ('F32', 'F16', 'BF16')
 # Our names of a LayerNorm's parameters, and theirs.
 NORM = (('scale', 'weight'), ('bias', 'bias'))
@@ -61,6 +65,7 @@ FIELDS = {
         'resid_dropout': ('resid_pdrop', 0.1),
         'layer_norm_epsilon': ('layer_norm_epsilon', 1e-5),
         'tie_embeddings': ('tie_word_embeddings', True),
+        'scale_attn_by_inverse_layer_idx': ('scale_attn_by_inverse_layer_idx', False),
     },
     GPT_NEO: {
         'vocab_size': ('vocab_size', 50257),
@@ -81,18 +86,37 @@ ARCHITECTURE = {GPT2: 'GPT2LMHeadModel', GPT_NEO: 'GPTNeoForCausalLM'}
 # Ours alone: transformers has one rate for the outputs of attention and MLP. Written where the two differ.
 MLP_DROPOUT = 'mlp_pdrop'
 
-# Three names of one function, the tanh approximation.
-ACTIVATIONS = ('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast')
+# Further names of the same functions, by their formulas in transformers' activations.py. Those of the tanh
+# approximation differ in how sqrt(2 / pi) is rounded and in the order of products: in float32 by no more than rounding.
+SYNONYMS = {
+    'gelu_pytorch_tanh': 'gelu_new',
+    'gelu_python_tanh': 'gelu_new',
+    'gelu_fast': 'gelu_new',
+    'gelu_accurate': 'gelu_new',
+    'gelu_python': 'gelu',
+    'swish': 'silu',
+}
 
 # Switches that would make another function of the model, with the one value that does not.
+# `reorder_and_upcast_attn` is none: it says in what order and precision the same is computed.
 ONLY = {
-    'scale_attn_by_inverse_layer_idx': False,
     'add_cross_attention': False,
+    'rotary': False,
+    'rotary_dim': None,
+    'position_embedding_type': 'absolute',
+    'alibi': False,
+    'multi_query': False,
     'is_encoder_decoder': False,
     'pruned_heads': {},
     'quantization_config': None,
     'auto_map': None,
 }
+
+# Of config.json and generation_config.json: ids that mean something to whoever generates.
+TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+LARGEST_ID = 2**31 - 1
+
+DIVERGED = 'has values that are NaN or infinite; use weights of a training that did not diverge'
 
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number'}
 
@@ -136,7 +160,7 @@ class StoredTensor(NamedTuple):
         try:
             return self.file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise InputError(f'{self.path}: {name} cannot be read ({error}); {COPY_AGAIN}') from None
+            raise InputError(f'{self.path}: {name} cannot be read ({first_line(error)}); {COPY_AGAIN}') from None
 
 
 def is_directory(path: str | os.PathLike) -> bool:
@@ -146,12 +170,13 @@ def is_directory(path: str | os.PathLike) -> bool:
     """
     path = pathlib.Path(path)
     weights = (SINGLE, INDEX, *PICKLED)
-    if any((path / name).is_file() for name in weights):
+    if any(os.path.lexists(path / name) for name in weights):
         return True
     try:
-        return 'model_type' in json.loads((path / 'config.json').read_bytes())
-    except (OSError, ValueError, TypeError):
+        document = read_json(path / 'config.json')
+    except InputError:
         return False
+    return isinstance(document, dict) and 'model_type' in document
 
 
 def read_config(directory: str | os.PathLike) -> GPTConfig:
@@ -159,12 +184,45 @@ def read_config(directory: str | os.PathLike) -> GPTConfig:
     return _read_config_json(pathlib.Path(directory) / 'config.json')[1]
 
 
+def read_token_ids(directory: str | os.PathLike) -> dict[str, int | list[int]]:
+    """`bos_token_id`, `eos_token_id` (one or a list) and `pad_token_id`, of those that a directory gives.
+
+    As in transformers generation_config.json wins over config.json. An id need not be in the vocabulary: many small
+    models carry GPT-2's 50256, which they never write.
+
+    Raises:
+      InputError: naming file, key and value, where one is no id, or a file is damaged.
+    """
+    ids: dict[str, int | list[int]] = {}
+    for name in ('config.json', 'generation_config.json'):
+        path = pathlib.Path(directory).expanduser() / name
+        if name == 'generation_config.json' and not os.path.lexists(path):
+            continue
+        keys = _Keys(path)
+        for key in TOKEN_IDS:
+            value = keys.document.get(key)
+            several = value if isinstance(value, list) and key == 'eos_token_id' else [value]
+            if value is None:
+                continue
+            if any(type(id_) is not int or not -1 <= id_ <= LARGEST_ID for id_ in several):
+                keys.refuse(key, f'is no token id; use one from 0 to {LARGEST_ID}')
+            ids[key] = value
+    return ids
+
+
+def is_finite(array: Any) -> bool:
+    """Whether no value of a numpy or jax array is NaN or infinite."""
+    # Both are NaN where any value is, and unlike `isfinite(array)` they make no array.
+    return not array.size or bool(np.isfinite(array.min()) and np.isfinite(array.max()))
+
+
 def load(
     directory: str | os.PathLike, place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None
 ) -> tuple[GPTConfig, Any]:
     """Read a GPT-2 or GPT-Neo directory, as transformers writes it: `(config, params)`, all parameters float32.
 
-    Tensors may be float32, float16 or bfloat16, their names with or without `transformer.`. Rows of padding are zero.
+    Tensors may be float32, float16 or bfloat16, their names with or without `transformer.` or the prefix of a wrapper
+    (`model.`). A tied table may stand there as `wte.weight`, `lm_head.weight`, or both. Rows of padding are zero.
     At no time is more in memory than the parameters, one parameter again (its layers stacked), and one tensor.
 
     Args:
@@ -174,7 +232,8 @@ def load(
 
     Raises:
       InputError: in one line that names file and key, where a file is missing or damaged, config.json describes what
-        has no counterpart here, or a tensor is missing, unknown, of another shape, or of another type.
+        has no counterpart here, or a tensor is missing, unknown, of another shape, of another type, or has a value that
+        is NaN or infinite.
     """
     folder = pathlib.Path(directory).expanduser()
     family, config = _read_config_json(folder / 'config.json')
@@ -186,7 +245,7 @@ def load(
         for parameter in wanted:
             array = _read_parameter(parameter, tensors, names)
             if parameter.path == ('wte',) and config.tie_embeddings:
-                _check_tied(array[: config.vocab_size], tensors)
+                _check_tied(array[: config.vocab_size], tensors, names)
             params[parameter.path] = place(parameter.path, array)
     return config, _nested(params)
 
@@ -212,7 +271,7 @@ def save(
 
     Raises:
       InputError: the architecture is neither GPT-2's nor GPT-Neo's (GPT-3's banded layers are not), `dtype` is
-        unknown, float16 cannot hold a parameter, or something stands at `directory` already.
+        unknown, a parameter is NaN or infinite, float16 cannot hold it, or something stands at `directory` already.
       ValueError: `params` are not those of `config`.
     """
     if dtype not in COMPUTE_DTYPES:
@@ -224,23 +283,27 @@ def save(
     document |= {'bos_token_id': None, 'eos_token_id': None} | dict(extra or {})
     with new_folder(directory) as folder:
         save_file(tensors, folder / SINGLE, metadata={'format': 'pt'})
-        text = json.dumps(document, indent=2, sort_keys=True) + '\n'
+        text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + '\n'
         (folder / 'config.json').write_text(text, encoding='utf-8')
 
 
 def _accounted_for(tensors: dict[str, StoredTensor], wanted: list[Parameter], folder: pathlib.Path) -> dict[str, str]:
-    """The name in the file of every tensor that is wanted, after holding all that is there against it."""
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ''
+    """Our name of every tensor that is wanted -> its name in the file, after holding all that is there against it."""
+    prefix, head = _prefixes(tensors)
     expected = {
-        tensor.name if tensor.name == HEAD else prefix + tensor.name: tensor
+        head if tensor.name == HEAD else prefix + tensor.name: tensor
         for parameter in wanted
         for tensor in parameter.tensors
     }
+    if head not in expected and head in tensors and prefix + TABLE not in tensors:
+        expected[head] = expected.pop(prefix + TABLE)  # one table, under the name of its other use
     for name, stored in tensors.items():
-        if re.fullmatch(re.escape(prefix) + BUFFERS, name) or (name == HEAD and HEAD not in expected):
+        if re.fullmatch(re.escape(prefix) + BUFFERS, name) or (name == head and head not in expected):
             continue
         if name not in expected:
-            raise InputError(f'{stored.path}: {name} is no tensor of the model in config.json; use the config of it')
+            raise InputError(
+                f'{stored.path}: {printable(name)} is no tensor of the model in config.json; use the config of it'
+            )
         shape = expected[name].shape
         if stored.shape != shape:
             raise InputError(
@@ -256,22 +319,36 @@ def _accounted_for(tensors: dict[str, StoredTensor], wanted: list[Parameter], fo
     return {tensor.name: name for name, tensor in expected.items()}
 
 
+def _prefixes(tensors: dict[str, StoredTensor]) -> tuple[str, str]:
+    """What stands before the names of a directory's tensors, such as `transformer.`, and the name of its head.
+
+    A wrapper around the model (`model.transformer.`, `module.`) adds its own, in most cases to the head too.
+    """
+    found = [name.removesuffix(anchor) for name in tensors for anchor in ANCHORS if name.endswith(anchor)]
+    prefix = max(found, key=found.count, default='')
+    head = prefix.removesuffix(PREFIX) + HEAD
+    return prefix, head if head in tensors else HEAD
+
+
 def _read_parameter(parameter: Parameter, tensors: dict[str, StoredTensor], names: dict[str, str]) -> np.ndarray:
     array = np.zeros(parameter.shape, np.float32)
     for tensor in parameter.tensors:
         name = names[tensor.name]
         value, part = tensors[name].read(name), array[tensor.index]
         part[...] = (value.T if tensor.transposed else value).reshape(part.shape)
+        if not is_finite(part):
+            raise InputError(f'{tensors[name].path}: {name} {DIVERGED}')
     return array
 
 
-def _check_tied(table: np.ndarray, tensors: dict[str, StoredTensor]) -> None:
-    if HEAD not in tensors:
+def _check_tied(table: np.ndarray, tensors: dict[str, StoredTensor], names: dict[str, str]) -> None:
+    _, head = _prefixes(tensors)
+    if head not in tensors or names[TABLE] == head:
         return
-    stored = tensors[HEAD]
-    if stored.shape != table.shape or not np.array_equal(stored.read(HEAD).astype(np.float32, copy=False), table):
+    stored = tensors[head]
+    if stored.shape != table.shape or not np.array_equal(stored.read(head).astype(np.float32, copy=False), table):
         raise InputError(
-            f'{stored.path}: {HEAD} differs from wte.weight, and by config.json (tie_word_embeddings) they are one; '
+            f'{stored.path}: {head} differs from {TABLE}, and by config.json (tie_word_embeddings) they are one; '
             'set tie_word_embeddings to false there'
         )
 
@@ -284,6 +361,8 @@ def _tensors_of(parameter: Parameter, params: Any, dtype: Any) -> dict[str, np.n
     if array.shape != parameter.shape:
         raise ValueError(f'{"/".join(parameter.path)} has shape {array.shape}, the config needs {parameter.shape}')
     array = np.asarray(jax.device_get(array))
+    if not is_finite(array):
+        raise InputError(f'{"/".join(parameter.path)} {DIVERGED}')
     tensors = {}
     for tensor in parameter.tensors:
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
@@ -374,41 +453,49 @@ def _read_config_json(path: pathlib.Path) -> tuple[str, GPTConfig]:
     keys = _Keys(path)
     family = keys.document.get('model_type')
     if not isinstance(family, str) or family not in FIELDS:
-        raise InputError(f'{path}: model_type={family!r} cannot be read; {GPT2} (GPT-2) and {GPT_NEO} (GPT-Neo) can')
+        raise InputError(
+            f'{path}: model_type={repr(family)[:200]} cannot be read; {GPT2} (GPT-2) and {GPT_NEO} (GPT-Neo) can'
+        )
     for key, allowed in ONLY.items():
         if (keys.document.get(key) or allowed) != allowed:
             keys.refuse(key, 'has no counterpart here; use a model without it')
-    if keys.document.get('activation_function', ACTIVATIONS[0]) not in ACTIVATIONS:
-        keys.refuse('activation_function', f'has no counterpart here; these have: {", ".join(ACTIVATIONS)}')
     fields = {field: keys.take(key, default) for field, (key, default) in FIELDS[family].items()}
+    if family == GPT_NEO and keys.take('scale_attn_by_inverse_layer_idx', False):
+        keys.refuse('scale_attn_by_inverse_layer_idx', 'has no counterpart in GPT-Neo; use a model without it')
     fields['mlp_dropout'] = keys.take(MLP_DROPOUT, fields['resid_dropout'])
+    fields['activation'] = _activation(keys)
     if keys.document.get(MLP_WIDTH[family]) is not None:
         width, d_model = keys.take(MLP_WIDTH[family], 1), max(fields['d_model'], 1)
-        if width % d_model:
-            keys.refuse(MLP_WIDTH[family], f'is not a multiple of the width {d_model}, which it must be here')
-        fields['mlp_expansion'] = width // d_model
-    if family == GPT_NEO:
-        fields |= _neo_attention(keys, fields['n_layer'])
-    elif not keys.take('scale_attn_weights', True):
+        is_multiple = width > 0 and width % d_model == 0
+        fields |= {'mlp_expansion': width // d_model} if is_multiple else {'n_inner': width}
+    if family == GPT2 and not keys.take('scale_attn_weights', True):
         fields['attention_scale'] = 1.0
     try:
-        return family, GPTConfig(**fields)
+        config = GPTConfig(**fields)
+        if family == GPT_NEO:
+            config = dataclasses.replace(config, **_neo_attention(keys, config.n_layer))
+        return family, config
     except InputError as error:
-        raise InputError(f'{path}: {error}') from None
+        raise InputError(str(error) if str(error).startswith(f'{path}: ') else f'{path}: {error}') from None
+
+
+def _activation(keys: '_Keys') -> str:
+    name = keys.document.get('activation_function', 'gelu_new')
+    name = SYNONYMS.get(name, name) if isinstance(name, str) else None
+    if name not in ACTIVATIONS:
+        keys.refuse(
+            'activation_function', f'has no counterpart here; these have: {", ".join((*ACTIVATIONS, *SYNONYMS))}'
+        )
+    return name
 
 
 class _Keys:
     """A config.json by its keys, with errors that name the file, the key and its value."""
 
     def __init__(self, path: pathlib.Path):
-        try:
-            self.document = json.loads(path.read_bytes())
-        except OSError as error:
-            raise InputError(f'{path}: cannot be read ({error.strerror}); it must stand beside the weights') from None
-        except ValueError as error:
-            raise InputError(f'{path}: is no JSON ({error}); copy it again from where it came from') from None
+        self.document = read_json(path)
         if not isinstance(self.document, dict):
-            raise InputError(f'{path}: is no JSON object; copy it again from where it came from')
+            raise InputError(f'{path} is no JSON object; {COPY_AGAIN}')
         self._path = path
 
     def take(self, key: str, default: bool | int | float) -> Any:
@@ -419,13 +506,19 @@ class _Keys:
         return value
 
     def refuse(self, key: str, reason: str) -> NoReturn:
-        raise InputError(f'{self._path}: {key}={json.dumps(self.document.get(key))} {reason}')
+        value = json.dumps(self.document.get(key))
+        value = value if len(value) <= 200 else f'{value[:200]}...'
+        raise InputError(f'{self._path}: {key}={value} {reason}')
 
 
 def _neo_attention(keys: _Keys, n_layer: int) -> dict[str, Any]:
+    kinds: list[str] = []
     try:
-        types = keys.document.get('attention_types', [[['global', 'local'], 12]])
-        kinds = [kind for pattern, times in types for _ in range(times) for kind in pattern]
+        for pattern, times in keys.document.get('attention_types', [[['global', 'local'], 12]]):
+            # Counted before it is written out: the number of times may be anything.
+            if type(times) is not int or times < 0 or len(kinds) + times * len(pattern) > n_layer:
+                raise ValueError
+            kinds += list(pattern) * times
     except (TypeError, ValueError):
         kinds = []
     if len(kinds) != n_layer or any(kind not in ('global', 'local') for kind in kinds):
@@ -449,7 +542,8 @@ def _config_json(config: GPTConfig, dtype: str) -> tuple[str, dict[str, Any]]:
     for field, (key, _) in FIELDS[family].items():
         document[key] = getattr(config, field)
     document[MLP_WIDTH[family]] = config.d_mlp
-    document |= {'activation_function': ACTIVATIONS[0], 'initializer_range': 0.02, 'torch_dtype': TORCH_DTYPES[dtype]}
+    document |= {'activation_function': config.activation, 'initializer_range': 0.02}
+    document['torch_dtype'] = TORCH_DTYPES[dtype]
     if config.mlp_dropout != config.resid_dropout:
         document[MLP_DROPOUT] = config.mlp_dropout
     if family == GPT2:
@@ -476,6 +570,11 @@ def _family_of(config: GPTConfig) -> str:
                 f'width) = {usual:.6g} and 1.0 have'
             )
         return GPT2
+    if config.scale_attn_by_inverse_layer_idx:
+        raise InputError(
+            'model.qkv_bias=False with model.scale_attn_by_inverse_layer_idx=True has no counterpart in transformers; '
+            'without the latter it is GPT-Neo'
+        )
     if not _unscaled(config):
         raise InputError(
             f'model.qkv_bias=False with model.attention_scale={config.attention_scale} has no counterpart in '
@@ -496,9 +595,9 @@ def _open_tensors(folder: pathlib.Path) -> Iterator[dict[str, StoredTensor]]:
       InputError: naming the file, where there is none, it is damaged, or the index does not agree with the files.
     """
     with contextlib.ExitStack() as stack:
-        if (folder / SINGLE).is_file():
+        if os.path.lexists(folder / SINGLE):
             yield _open_file(folder / SINGLE, stack)
-        elif (folder / INDEX).is_file():
+        elif os.path.lexists(folder / INDEX):
             yield _open_listed(folder / INDEX, stack)
         else:
             pickled = next((name for name in PICKLED if (folder / name).is_file()), None)
@@ -511,14 +610,15 @@ def _open_tensors(folder: pathlib.Path) -> Iterator[dict[str, StoredTensor]]:
 
 
 def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor]:
+    check_regular(path)
     try:
         # pread, since the pages of a mapped file would count as this process's memory until it is closed
         file = stack.enter_context(safe_open(path, framework='np', backend='pread'))
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except OSError as error:
-        raise InputError(f'{path}: cannot be read ({error}); {COPY_AGAIN}') from None
+        raise InputError(f'{path}: cannot be read ({first_line(error)}); {COPY_AGAIN}') from None
     except SafetensorError as error:
-        raise InputError(f'{path}: is no whole safetensors file ({error}); {COPY_AGAIN}') from None
+        raise InputError(f'{path}: is no whole safetensors file ({first_line(error)}); {COPY_AGAIN}') from None
     return {name: StoredTensor(path, tuple(part.get_shape()), part.get_dtype(), file) for name, part in slices.items()}
 
 
@@ -528,24 +628,23 @@ def _open_listed(index: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, 
     for file_name in sorted(set(listed.values())):
         path = index.parent / file_name
         if path.parent != index.parent:
-            raise InputError(f'{index}: {file_name!r} lies outside of the directory; put all files into it')
-        if not path.is_file():
-            raise InputError(f'{index} lists {file_name}, which is not there; add it')
+            raise InputError(f'{index}: {file_name[:200]!r} lies outside of the directory; put all files into it')
+        if not os.path.lexists(path):
+            raise InputError(f'{index} lists {printable(file_name)}, which is not there; add it')
         for name, stored in _open_file(path, stack).items():
             if listed.get(name) != file_name:
-                raise InputError(f'{path} holds {name}, which {INDEX} lists as {listed.get(name)}; {COPY_AGAIN}')
+                where = printable(str(listed.get(name)))
+                raise InputError(f'{path} holds {printable(name)}, which {INDEX} lists as {where}; {COPY_AGAIN}')
             tensors[name] = stored
     for name, file_name in listed.items():
         if name not in tensors:
-            raise InputError(f'{index} lists {name} in {file_name}, which does not hold it; {COPY_AGAIN}')
+            raise InputError(f'{index} lists {printable(name)} in {file_name}, which does not hold it; {COPY_AGAIN}')
     return tensors
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    try:
-        listed = json.loads(index.read_bytes())['weight_map']
-        if not all(isinstance(file_name, str) for file_name in listed.values()):
-            raise TypeError('weight_map')
-        return listed
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{index}: is no index of safetensors files ({type(error).__name__}); {COPY_AGAIN}') from None
+    document = read_json(index)
+    listed = document.get('weight_map') if isinstance(document, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(file_name, str) for file_name in listed.values()):
+        raise InputError(f'{index}: is no index of safetensors files, by its weight_map; {COPY_AGAIN}')
+    return listed

@@ -28,7 +28,7 @@ def residual_streams(model: GPT, params: Any, tokens_BT: jax.Array) -> jax.Array
     x_BTD = params['wte'][tokens_BT].astype(c.dtype) + params['wpe'][: tokens_BT.shape[1]].astype(c.dtype)
     streams = [x_BTD]
     for layer, layer_params in enumerate(layer_trees(params['blocks'], c.n_layer)):
-        streams.append(_block(c, c.band(layer), layer_params, streams[-1]))
+        streams.append(_block(c, c.band(layer), layer_params, streams[-1], layer))
     return jnp.stack(streams)
 
 
@@ -42,7 +42,7 @@ def attention_maps(model: GPT, params: Any, streams_LBTD: jax.Array, layer: int)
     """
     c = model.config
     layer_params = layer_trees(params['blocks'], c.n_layer)[layer]
-    return _attention(c, c.band(layer), layer_params, streams_LBTD[layer])
+    return _attention(c, c.band(layer), layer_params, streams_LBTD[layer], layer)
 
 
 def lens_logits(model: GPT, params: Any, x_BTD: jax.Array) -> jax.Array:
@@ -56,25 +56,27 @@ def lens_logits(model: GPT, params: Any, x_BTD: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(config: GPTConfig, band: int | None, layer_params: Any, x_BTD: jax.Array) -> jax.Array:
+def _block(config: GPTConfig, band: int | None, layer_params: Any, x_BTD: jax.Array, layer: int) -> jax.Array:
     info = TokenInfo.of(x_BTD[..., 0], None, None)
-    return Block(config, band).apply({'params': layer_params}, x_BTD, info)[0]
+    return Block(config, band).apply({'params': layer_params}, x_BTD, info, layer)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _attention(config: GPTConfig, band: int | None, layer_params: Any, x_BTD: jax.Array) -> jax.Array:
+def _attention(config: GPTConfig, band: int | None, layer_params: Any, x_BTD: jax.Array, layer: int) -> jax.Array:
     # The fast kernels never hold the probabilities: they are made here, from the projections that the layer makes.
     _, captured = Block(config, band).apply(
         {'params': layer_params},
         x_BTD,
         TokenInfo.of(x_BTD[..., 0], None, None),
+        layer,
         mutable=['intermediates'],
         capture_intermediates=lambda module, _: module.name == 'qkv',
     )
     (qkv_BTCNK,) = captured['intermediates']['attention']['qkv']['__call__']
     q_BNTK, k_BNTK, _ = qkv_BTCNK.transpose(2, 0, 3, 1, 4)
     order_1T = jnp.arange(x_BTD.shape[1])[None]
-    return attention_weights(q_BNTK, k_BNTK, visible(order_1T, order_1T, band), config.scale)
+    scale = config.scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else config.scale
+    return attention_weights(q_BNTK, k_BNTK, visible(order_1T, order_1T, band), scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""What devices can do: peak arithmetic and memory, from the makers' data sheets and from the devices themselves."""
+"""What a device can do and hold: by the makers' data sheets, under jax's `device_kind`, and as it says itself."""
 
 import contextlib
 import dataclasses
@@ -8,9 +8,6 @@ import pathlib
 import jax
 
 GIB = 2**30
-
-# What a container may have, in the two versions of Linux's control groups.
-CGROUP_LIMITS = tuple(pathlib.Path('/sys/fs/cgroup', name) for name in ('memory.max', 'memory/memory.limit_in_bytes'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +35,23 @@ DEVICES = {
     'TPU v6 lite': Device(918e12, 32 * GIB),
 }
 
+# Where Linux says how much memory the processes of a container may take.
+CONTAINER_LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')
 
-def memory_bytes(device: jax.Device) -> int | None:
-    """What a device has for programs and arrays; None where nothing says so.
 
-    CPU devices share the memory of their host, or what its container may have: each counts with its part.
-    """
-    if device.platform != 'cpu':
-        reported = (device.memory_stats() or {}).get('bytes_limit')
-        known = DEVICES.get(device.device_kind)
-        return reported or (known and known.memory_bytes)
-    try:
-        host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    except (ValueError, OSError):
-        return None
-    for limit in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # another version of cgroups, or 'max': no limit
-            host = min(host, int(limit.read_text()))
-    return host // jax.local_device_count()
+def memory_of(devices: list[jax.Device]) -> int:
+    """Bytes that the devices have together: as they say, else by their data sheets; of CPU devices, the host's once."""
+    if devices[0].platform == 'cpu':
+        return host_memory()
+    stated = [(device.memory_stats() or {}).get('bytes_limit') for device in devices]
+    sheets = [DEVICES[device.device_kind].memory_bytes if device.device_kind in DEVICES else None for device in devices]
+    return sum(stated or sheet or host_memory() for stated, sheet in zip(stated, sheets, strict=True))
+
+
+def host_memory() -> int:
+    """Bytes of the machine, or that the container may take of them."""
+    found = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    for name in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not in a container, or "max": no limit
+            found.append(int(pathlib.Path(name).read_text(encoding='ascii')))
+    return min(found)

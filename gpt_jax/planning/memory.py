@@ -5,7 +5,7 @@ gradients split like the parameters (twice with micro-batches: the sum and the n
 
 Activations follow Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4,
 for the arrays that this model keeps. Of each token and layer, in multiples of d_model numbers of the compute dtype
-(m: mlp_expansion):
+(m: mlp_expansion, or n_inner / d_model):
 
     kept for the backward pass              none   dots   names   full   divided by mesh.tensor
     layer input                                1      1       1      1   no
@@ -21,8 +21,9 @@ for the arrays that this model keeps. Of each token and layer, in multiples of d
     in all, m = 4 (unrolled)             33 (25)      9       9      1
 
 The paper counts 34 bytes, 17 numbers of 16 bits, for m = 4: ours holds q, k, v and attention's output once more in
-another layout, and what JAX's derivative of tanh-GELU asks for. A scan stores all of it in stacks. Where layers are
-unrolled the compiler fuses half of GELU's inside into its neighbours. Beside the multiples of d_model:
+another layout, and what JAX's derivative of tanh-GELU asks for; of others see `KEPT_OF_ACTIVATION`. A scan stores all
+of it in stacks. Where layers are unrolled the compiler fuses half of GELU's inside into its neighbours. Beside the
+multiples of d_model:
 
     log-sum-exp of attention, none and names   4 bytes x n_head
     LayerNorm statistics, none                 16 bytes
@@ -55,6 +56,23 @@ from gpt_jax.models.losses import CHUNK_ELEMENTS
 from gpt_jax.parallel import MeshConfig, axis_sizes
 
 F32 = 4
+
+# Of an MLP's activation, arrays that are kept of its input, its inside and its output together, and masks of a byte.
+KEPT_OF_ACTIVATION = {
+    'gelu_new': (6, 0),
+    'gelu': (4, 0),
+    'quick_gelu': (4, 0),
+    'relu': (1, 1),
+    'relu2': (2, 1),
+    'relu6': (1, 1),
+    'leaky_relu': (1, 1),
+    'silu': (4, 0),
+    'mish': (6, 0),
+    'hardswish': (3, 1),
+    'tanh': (2, 0),
+    'sigmoid': (2, 0),
+    'linear': (1, 0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +209,8 @@ def kept_of_token(config: GPTConfig, itemsize: int) -> list[tuple[str, float, bo
     The table above, for the model's policy; `itemsize` is that of the numbers that activations are held in.
     """
     d, f, heads = config.d_model * itemsize, config.d_mlp * itemsize, config.n_head
-    inside_gelu = 4 if config.scan_layers else 2
+    arrays, bits = KEPT_OF_ACTIVATION[config.activation]
+    inside = max(0, arrays - 2) / (1 if config.scan_layers else 2)
     masks = (config.resid_dropout > 0) + (config.mlp_dropout > 0)
     rows = [
         ('layer input', d, False, 'none dots names full'),
@@ -201,9 +220,9 @@ def kept_of_token(config: GPTConfig, itemsize: int) -> list[tuple[str, float, bo
         ('attention output, heads joined', d, True, 'none'),
         ('attention projection', d, False, 'dots'),
         ('residual stream after attention', d, False, 'none'),
-        ('MLP up projection', f, True, 'none dots names'),
-        ('inside GELU', inside_gelu * f, True, 'none'),
-        ('GELU output', f, True, 'none'),
+        ('MLP up projection', f, True, 'dots names'),
+        ('input and output of the activation', min(arrays, 2) * f, True, 'none'),
+        ('inside the activation', inside * f + bits * config.d_mlp, True, 'none'),
         ('dropout masks', masks * config.d_model, False, 'none'),
     ]
     if config.attention_dropout > 0:

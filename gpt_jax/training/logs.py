@@ -25,8 +25,8 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from gpt_jax.errors import InputError, first_line
-from gpt_jax.files import read_bytes, replacing
+from gpt_jax.errors import first_line
+from gpt_jax.files import appending, read_bytes, replacing
 from gpt_jax.models import GPTConfig
 from gpt_jax.models.config import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
@@ -148,7 +148,7 @@ def _rows_and_damage(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
 
 def _lines(path: pathlib.Path) -> list[bytes]:
     """Of a log, with their ends; none where there is no file."""
-    if not os.path.lexists(path):
+    if not path.exists():
         return []
     return re.findall(rb'[^\n]*\n|[^\n]+', read_bytes(path, most=MOST_LOG_BYTES))
 
@@ -176,7 +176,7 @@ class MetricsLog:
     A disk that is full does not end the run: its checkpoint may still find room, and is worth more. Rows wait until
     they can be written.
 
-    Raises InputError where metrics.jsonl cannot be read or written from the start.
+    Raises InputError where metrics.jsonl cannot be read or written at the start.
     """
 
     def __init__(self, workdir: pathlib.Path, last_step: int):
@@ -185,12 +185,9 @@ class MetricsLog:
         rows = [row for row in found if row['step'] <= last_step]
         if damaged:
             complain(f'{self.path}: {damaged} damaged line(s) left out, {len(rows)} row(s) kept')
-        try:
-            with replacing(self.path) as file:
-                file.write(b''.join(map(_encoded, rows)))
-            self._file = self.path.open('ab', buffering=0)
-        except OSError as error:
-            raise InputError(f'{self.path} cannot be written ({error.strerror}); make room, or move it away') from None
+        with replacing(self.path) as file:
+            file.write(b''.join(map(_encoded, rows)))
+        self._file = appending(self.path).detach().detach()  # unbuffered: what is not written is known
         self._waiting = b''
         self._failed = False
         self._tensorboard: _TensorBoard | None = None
@@ -263,7 +260,7 @@ class _TensorBoard:
 
     def __init__(self, folder: pathlib.Path, keep: bool):
         if folder.is_symlink() or folder.is_file():
-            folder.unlink()
+            folder.unlink()  # what a link leads to is not the run's to remove or to fill
         elif not keep:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
@@ -300,7 +297,7 @@ class SampleLog:
     Attributes:
       steps: those that have previews.
 
-    Raises InputError where samples.txt cannot be read or written from the start.
+    Raises InputError where samples.txt cannot be read or written at the start.
     """
 
     def __init__(self, workdir: pathlib.Path, last_step: int):
@@ -311,14 +308,10 @@ class SampleLog:
         self.steps = {step for step, _ in kept}
         if damaged:
             complain(f'{self._path}: {damaged} damaged block(s) left out, {len(kept)} kept')
-        if (text := b''.join(text for _, text in kept)) != b''.join(lines):
-            try:
-                with replacing(self._path) as file:
-                    file.write(text)
-            except OSError as error:
-                raise InputError(
-                    f'{self._path} cannot be written ({error.strerror}); make room, or move it away'
-                ) from None
+        text = b''.join(text for _, text in kept)
+        if text != b''.join(lines) or self._path.is_symlink():
+            with replacing(self._path) as file:
+                file.write(text)
 
     def write(self, step: int, previews: dict[str, Any]) -> None:
         """Adds the named previews of `step`."""
@@ -326,8 +319,8 @@ class SampleLog:
         for name, text in previews.items():
             lines.append(f'  {name}:')
             lines += [f'    | {line}' for line in str(text).splitlines()]
-        with self._path.open('ab') as file:
-            file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
+        with appending(self._path) as file:
+            file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace').decode())
         self.steps.add(step)
 
 
@@ -444,4 +437,5 @@ def plot_loss(workdir: pathlib.Path) -> None:
         axes.legend()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Glyph .* missing from font')  # in its name as well
-        figure.savefig(workdir / 'loss.png', dpi=120)
+        with replacing(workdir / 'loss.png') as file:
+            figure.savefig(file, format='png', dpi=120)

@@ -237,7 +237,8 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'PretrainedWeights |
             settings[section][name] = field.default
     for field in dataclasses.fields(GPTConfig):
         if field.default is not dataclasses.MISSING and model.get(field.name, 0) is None:
-            model[field.name] = field.default
+            # n_inner stands in place of mlp_expansion
+            model[field.name] = None if field.name == 'mlp_expansion' and model['n_inner'] else field.default
     for name in ('block_size', 'n_layer', 'n_head', 'd_model'):
         if model[name] is None:
             raise InputError(f'model.{name} is unset: give it, or a model.preset')
@@ -277,6 +278,8 @@ def _take_over(settings: dict[str, dict[str, Any]], weights: 'PretrainedWeights'
     weights is none of them: the position table is cut then.
     """
     model, data = settings['model'], settings['data']
+    if weights.model.d_mlp in (model['n_inner'], weights.model.d_model * (model['mlp_expansion'] or 0)):
+        model['n_inner'] = model['mlp_expansion'] = None  # the same width, described in whichever way
     ours = {f'model.{name}': model[name] for name in WEIGHTS_KEYS} | {'data.tokenizer': data['tokenizer']}
     theirs = {f'model.{name}': getattr(weights.model, name) for name in WEIGHTS_KEYS}
     theirs['data.tokenizer'] = weights.tokenizer.kind

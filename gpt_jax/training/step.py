@@ -15,7 +15,7 @@ from gpt_jax.config import RunConfig
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import activate, batch_sharding, constrain, replicated, tree_shardings
-from gpt_jax.parallel.devices import GIB, memory_bytes
+from gpt_jax.parallel.devices import GIB, memory_of
 
 F32 = 4
 
@@ -260,9 +260,7 @@ def check_memory(run: RunConfig, config: GPTConfig, mesh: Mesh) -> None:
     and tensor; the input of each layer, which even remat='full' keeps; the tokens and targets of a batch. A run that
     passes may still need more: `python -m gpt_jax.plan` estimates all of it.
     """
-    limit = memory_bytes(mesh.devices.flat[0])
-    if limit is None:
-        return
+    limit = memory_of(mesh.local_devices) / len(mesh.local_devices)
     sizes, train = mesh.shape, run.train
     rows = sizes['data'] * sizes['fsdp']
     state = 4 * F32 * config.num_parameters / (sizes['fsdp'] * sizes['tensor'])

@@ -9,12 +9,13 @@ import dataclasses
 import functools
 import math
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 
-from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, latest_meta, load
+from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, load, recover
 from gpt_jax.checkpoints.finding import describe_save
 from gpt_jax.config import RunConfig, as_dict, as_record, parse, read_record
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
@@ -113,15 +114,16 @@ def train(
       InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
     """
     processes.check_alike(_own(parse(config), workdir))
-    with workdirs.locked(pathlib.Path(workdir).expanduser()) as workdir, processes.ended_together():
-        recorded = latest_meta(workdir / 'checkpoints')
+    output = Output(jax.process_index() == 0)
+    with workdirs.locked(workdir) as workdir, processes.ended_together():
+        recorded = recover(workdir / 'checkpoints', output.line)
         path = parse(config).train.init_from
         weights = None if path is None else find_initial_weights(path, recorded)
         run = resolve(config, weights)
-        workdirs.check(workdir, run)
+        workdirs.check(workdir, run, resumed=recorded is not None)
         checkpoints = Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best)
         with checkpoints, processes.ended_together():
-            trainer = Trainer(run, workdir, weights, recorded, checkpoints, sample)
+            trainer = Trainer(run, workdir, weights, recorded, checkpoints, sample, output)
             if trainer.is_finished():
                 trainer.say(f'finished already, at step {trainer.start}; nothing to do. {trainer.how_to_generate()}')
                 val_loss = recorded.get('val_loss')
@@ -163,6 +165,7 @@ class Trainer:
         recorded: dict[str, Any] | None,
         checkpoints: Checkpoints,
         sample: Sampler | None,
+        output: Output,
     ):
         """Builds the parts, those of a resumed run held against its checkpoint.
 
@@ -173,14 +176,14 @@ class Trainer:
           recorded: the `describe()` of the checkpoint that the run goes on from, if any.
           checkpoints: those of the workdir.
           sample: writes the sampled previews.
+          output: where its lines go.
 
         Raises:
           InputError: the batch does not fit the mesh, the data cannot be had or are not those of the checkpoint, ...
         """
         self._run, self._workdir, self._weights = run, workdir, weights
-        self._checkpoints, self._sample = checkpoints, sample
+        self._checkpoints, self._sample, self._output = checkpoints, sample, output
         self._is_first_process = jax.process_index() == 0
-        self._output = Output(self._is_first_process)
         self.start = recorded['step'] if recorded else 0
         # What the first weights were, for the description of checkpoints.
         self._init_from = (recorded or {}).get('init_from')
@@ -240,7 +243,12 @@ class Trainer:
         """The state after step `start`: restored, or before the first one drawn or taken from another's weights."""
         if self.start:
             abstract = abstract_state(self.model, self.optimizer, self.mesh)
-            params, optimizer, _ = self._checkpoints.restore(self.start, abstract.params, abstract.optimizer)
+            params, optimizer, _ = self._checkpoints.restore(
+                self.start,
+                abstract.params,
+                abstract.optimizer,
+                verify=False,  # `recover` did
+            )
             return TrainState.join(params, optimizer)
         params = None if self._weights is None else self._load_weights(self._weights)
         return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params)
@@ -505,7 +513,8 @@ class Trainer:
 
     def how_to_generate(self) -> str:
         """The command that makes text from this run."""
-        return f"Generate from it: python -m gpt_jax.generate --checkpoint={self._workdir} --prompt='...'"
+        checkpoint = shlex.quote(f'--checkpoint={self._workdir}')
+        return f"Generate from it: python -m gpt_jax.generate {checkpoint} --prompt='...'"
 
     def ending(self, step: int, signal: int | None) -> str:
         """How the run ended, and what comes next."""

@@ -17,16 +17,22 @@ from jax.experimental import multihost_utils
 
 from gpt_jax.config import RunConfig, as_record, differing_keys
 from gpt_jax.errors import InputError
-from gpt_jax.files import remove_leftovers, replacing
+from gpt_jax.files import check_local, read_json, remove_leftovers, replacing
 
 HEARTBEAT_SECONDS = 10
 # A holder on another host whose heartbeat is older than this is taken for dead. Six beats: storage that many hosts
 # share may hang for a while, and their clocks need not agree to the second.
 STALE_SECONDS = 60
+# What a run writes, besides the lock.
+FILES = ('config.json', 'tokenizer.json', 'metrics.jsonl', 'samples.txt', 'loss.png')
+FOLDERS = ('checkpoints', 'tensorboard')
 
 
-def check(workdir: pathlib.Path, run: RunConfig) -> None:
+def check(workdir: pathlib.Path, run: RunConfig, resumed: bool = False) -> None:
     """Lets a run into its folder.
+
+    Where it is `resumed` from a checkpoint, keys of the schedule are left to `optimizer.resumed_lengths`: what counts
+    is the rates of the steps that were taken.
 
     Raises:
       InputError: the folder holds a run whose config differs in more than a resumed run may change.
@@ -35,11 +41,14 @@ def check(workdir: pathlib.Path, run: RunConfig) -> None:
     if not path.exists():
         return
     try:
-        recorded = json.loads(path.read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise InputError(f'{path} is not JSON; choose another --workdir, or restore that file') from None
-    # Of a schedule the rates count, of the steps that were taken: `optimizer.resumed_lengths` compares them.
-    lines = [line for line in differing_keys(recorded, run, str(path)) if not line.startswith('schedule.')]
+        recorded = read_json(path)
+    except InputError as error:
+        raise InputError(f'{error}; choose another --workdir, or restore that file') from None
+    if not isinstance(recorded, dict):
+        raise InputError(f'{path} holds no experiment; choose another --workdir, or restore that file')
+    lines = differing_keys(recorded, run, str(path))
+    if resumed:
+        lines = [line for line in lines if not line.startswith('schedule.')]
     if lines:
         raise InputError(
             f'--workdir={workdir} holds a run of another config ({"; ".join(lines)}); '
@@ -54,7 +63,7 @@ def write_config(workdir: pathlib.Path, run: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+def locked(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Makes `workdir` where it is missing, and keeps every other run out of it for the length of the block.
 
     Two files say that somebody is at it. `.lock` is locked by the system, which opens it when its holder dies, however
@@ -65,11 +74,12 @@ def locked(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     Of several processes the first holds the lock for all, which call this together.
 
     Yields:
-      `workdir`.
+      `workdir` as a path, `~` being the home folder.
 
     Raises:
       InputError: another run is at it, or the folder cannot be used.
     """
+    workdir = _as_path(workdir)
     lock, refusal = None, None
     if jax.process_index() == 0:
         lock = _Lock(workdir)
@@ -91,6 +101,38 @@ def locked(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
             lock.release()
 
 
+def _as_path(workdir: str | os.PathLike) -> pathlib.Path:
+    """Raises InputError where that is no path of this machine, or none that libraries can be given."""
+    check_local(workdir, f'--workdir={workdir}')
+    try:
+        os.fspath(workdir).encode()
+        path = pathlib.Path(workdir).expanduser()
+        path.resolve()
+    except UnicodeEncodeError:
+        shown = os.fsencode(workdir)
+        raise InputError(f'--workdir={shown!r} has bytes that are no UTF-8; name another folder') from None
+    except OSError as error:
+        raise InputError(f'--workdir={workdir} cannot be used ({error.strerror}); name another folder') from None
+    except (ValueError, RuntimeError) as error:  # links in a loop; a home folder that nobody has
+        raise InputError(f'--workdir={workdir} cannot be used ({error}); name another folder') from None
+    if '\0' in os.fspath(workdir) or not os.fspath(workdir):
+        raise InputError(f'--workdir={os.fspath(workdir)!r} is no name of a folder; name another one')
+    return path
+
+
+def _check_places(workdir: pathlib.Path) -> None:
+    """Raises InputError where something stands at the place of a file or folder of the run that is none.
+
+    A link to a file is read, and replaced when the run writes. Nothing is ever written through it.
+    """
+    for name in (*FILES, *FOLDERS):
+        path, kind = workdir / name, 'folder' if name in FOLDERS else 'regular file'
+        if path.exists() and not (path.is_dir() if name in FOLDERS else path.is_file()):
+            raise InputError(
+                f'--workdir={workdir}: {path} is no {kind}; move it elsewhere, or choose another --workdir'
+            )
+
+
 class _Lock:
     """The lock of one workdir, and the thread that shows it alive."""
 
@@ -104,9 +146,9 @@ class _Lock:
 
     def acquire(self) -> None:
         """Raises InputError where another one holds the lock, or the folder cannot be used."""
-        if self._workdir.exists() and not self._workdir.is_dir():
-            raise InputError(f'--workdir={self._workdir} is a file; name a folder')
         try:
+            if self._workdir.exists() and not self._workdir.is_dir():
+                raise InputError(f'--workdir={self._workdir} is a file; name a folder')
             self._made = [path for path in (self._workdir, *self._workdir.parents) if not path.exists()]
             self._workdir.mkdir(parents=True, exist_ok=True)
             # Storage without such locks is left to the heartbeat.
@@ -114,6 +156,7 @@ class _Lock:
                 self._filelock.acquire(blocking=False)
             if (holder := self._read()) is not None and _alive(holder):
                 raise self._refusal(holder)
+            _check_places(self._workdir)
             remove_leftovers([self._holder])
             self._write()
         except filelock.Timeout:
@@ -162,9 +205,12 @@ class _Lock:
             file.write(json.dumps(record).encode())
 
     def _read(self) -> dict[str, Any] | None:
+        """Who holds the lock; None where nobody does, or the file is not one of ours."""
         try:
-            return json.loads(self._holder.read_text(encoding='utf-8'))
-        except (OSError, ValueError):
+            holder = read_json(self._holder)
+            whole = {'host': str, 'pid': int, 'time': float, 'started': int | None}
+            return holder if all(isinstance(holder[name], kind) for name, kind in whole.items()) else None
+        except (InputError, TypeError, KeyError):
             return None
 
     def _is_ours(self) -> bool:
@@ -189,7 +235,7 @@ def _alive(holder: dict[str, Any]) -> bool:
         return time.time() - holder['time'] < STALE_SECONDS
     try:
         os.kill(holder['pid'], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True  # somebody else's

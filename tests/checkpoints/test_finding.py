@@ -70,12 +70,16 @@ def test_relative_paths_links_and_the_home_folder(run, tmp_path, monkeypatch):
         ('file', None, 'file holds no finished checkpoint'),
         ('run', 7, 'run has no checkpoint of step 7: it has 1, 2, 3'),
         ('run/checkpoints/3', 2, 'is step 3, not 2'),
-        ('run/checkpoints/2', None, 'holds no finished checkpoint'),
+        ('run/checkpoints/2', None, 'has no manifest'),
+        ('run\0', None, 'null byte'),
+        ('long' * 100, None, 'File name too long'),
+        ('loop', None, 'loop'),
     ],
 )
 def test_what_names_no_checkpoint_is_refused_in_one_line(run, tmp_path, path, step, message):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'file').write_text('x')
+    (tmp_path / 'loop').symlink_to('loop')
     if path.endswith('/2'):
         (run / 'checkpoints' / '2' / verifying.NAME).unlink()
     with pytest.raises(InputError, match=message) as error:
@@ -112,16 +116,48 @@ def test_load_places_the_params_where_sharding_says(run):
         assert load(run).params['b'].devices() == {jax.devices()[-1]}
 
 
-def test_load_refuses_damage_by_name(run):
+@pytest.mark.parametrize('address', ['gs://bucket/run', 's3://bucket/run', 'hf://user/model', 'file:///tmp/run'])
+def test_an_address_is_refused_by_its_scheme(address):
+    with pytest.raises(InputError, match=f'{address}: {address.split(":")[0]}: is no place on this machine'):
+        resolve(address)
+
+
+# Damage. The tests of saving go through every kind of it.
+
+
+def damage(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+
+def test_a_damaged_step_that_was_named_is_refused_by_its_file_and_one_that_was_not_is_passed_over(run, capfd):
     for path in sorted((run / 'checkpoints' / '2').rglob('*')):
         if path.is_file() and 'optimizer' not in path.parts and path.name != verifying.NAME:
             whole = path.read_bytes()
-            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            damage(path)
             with pytest.raises(InputError, match=r'is damaged .* to go on from step 3') as error:
-                load(run)
+                load(run, step=2)
             assert str(path) in str(error.value)
+            capfd.readouterr()
+            loaded = load(run)
+            assert (loaded.step, loaded.params['block']['w'][0, 0]) == (1, 1)  # the best of those that are left
+            said = f'warning: {path} is damaged (its sha256 differs); step 1 is used instead\n'
+            assert capfd.readouterr().err == said
             path.write_bytes(whole)
-    load(run)
+    assert load(run).step == 2
+    assert capfd.readouterr().err == ''
+
+
+def test_where_no_step_is_good_one_line_says_so(run):
+    for step in '123':
+        damage(run / 'checkpoints' / step / 'params' / '_METADATA')
+    with pytest.raises(InputError, match=r'holds no good checkpoint: .*/3/params/_METADATA is damaged') as error:
+        load(run)
+    assert '\n' not in str(error.value)
+    for step in '123':
+        (run / 'checkpoints' / step / verifying.NAME).unlink()
+    with pytest.raises(InputError, match=f'{run} holds no good checkpoint: .*/3 has no manifest'):
+        resolve(run)
 
 
 def snapshot(folder: pathlib.Path) -> dict:
@@ -251,7 +287,8 @@ def test_a_step_that_goes_while_the_best_is_looked_for_does_not_count(run, monke
     read = finding.read_step_meta
 
     def late(folder):
-        if folder.name == '2' and folder.exists():
+        if folder.name == '2':
+            monkeypatch.setattr(finding, 'read_step_meta', read)
             supersede(run)
         return read(folder)
 

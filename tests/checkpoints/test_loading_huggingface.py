@@ -6,7 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
 
 from gpt_jax import checkpoints
 from gpt_jax.data.tokenizer import Tokenizer, train_bpe, train_char
@@ -72,8 +75,11 @@ def test_a_model_is_split_over_a_mesh_by_the_rules_of_training(folder, params, t
     for path in (folder, tmp_path / 'checkpoint'):
         before = {id(array) for array in jax.live_arrays()}
         loaded = checkpoints.load_model(path, mesh=mesh).params
-        # Nothing else is on a device, least of all a whole matrix.
-        assert len({id(array) for array in jax.live_arrays()} - before) == len(jax.tree.leaves(loaded))
+        # Nothing else is on a device, least of all a whole matrix; but for the parts themselves, as arrays.
+        leaves = {id(leaf) for leaf in jax.tree.leaves(loaded)}
+        others = [array for array in jax.live_arrays() if id(array) not in before | leaves]
+        assert max((array.size for array in others), default=0) <= loaded['wte'].size // 8
+        assert len(others) <= 8 * len(leaves)
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
         assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == tree_shardings(mesh, params, params)
         for name, leaf in (('wte', loaded['wte']), ('up', loaded['blocks']['mlp']['up']['kernel'])):
@@ -139,3 +145,138 @@ def test_a_banded_gpt3_is_not_exported(folder, params, tmp_path):
     with pytest.raises(InputError, match=r"attention_pattern='alternating' with model.qkv_bias=True, as GPT-3 has it"):
         checkpoints.export_huggingface(tmp_path / 'run', tmp_path / 'out')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['hf', 'run']
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_named_by_every_door(folder, params, tmp_path, value):
+    meta = checkpoints.read_meta(checkpoints.resolve(folder))
+    params['blocks']['attention']['out']['bias'][1, 15] = value
+    with checkpoints.Checkpoints(tmp_path / 'run' / 'checkpoints') as saved:
+        saved.save(1, params, None, meta)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    for load in (
+        checkpoints.load,
+        lambda path: checkpoints.load_model(path, mesh=mesh),
+        lambda path: checkpoints.export_huggingface(path, tmp_path / 'out'),
+    ):
+        with pytest.raises(InputError, match=r'/1: blocks/attention/out/bias has values that are NaN or infinite'):
+            load(tmp_path / 'run')
+    tensors = load_file(folder / 'model.safetensors')
+    tensors['transformer.h.1.attn.c_proj.bias'][15] = value
+    save_file(tensors, folder / 'model.safetensors')
+    for load in (checkpoints.load, lambda path: checkpoints.import_huggingface(path, tmp_path / 'out')):
+        with pytest.raises(InputError, match=r'transformer.h.1.attn.c_proj.bias has values that are NaN or infinite'):
+            load(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['hf', 'run']
+
+
+@pytest.mark.parametrize(
+    ('ids', 'used'),
+    [
+        ({}, (TOKENIZER.end_of_text,)),
+        ({'eos_token_id': 200, 'bos_token_id': 201, 'pad_token_id': 202}, (200,)),
+        ({'eos_token_id': [200, 7, 200]}, (200, 7)),
+        ({'eos_token_id': [50256, 9]}, (9,)),
+        ({'eos_token_id': 50256, 'pad_token_id': -1}, (TOKENIZER.end_of_text,)),
+    ],
+)
+def test_the_ids_that_end_a_text_go_there_and_back(folder, tmp_path, ids, used):
+    document = json.loads((folder / 'config.json').read_text())
+    document = {key: value for key, value in document.items() if not key.endswith('_token_id')}
+    (folder / 'config.json').write_text(json.dumps(document))
+    (folder / 'generation_config.json').write_text(json.dumps(ids))
+    checkpoints.import_huggingface(folder, tmp_path / 'checkpoint')
+    checkpoints.export_huggingface(tmp_path / 'checkpoint', tmp_path / 'back')
+    for path in (folder, tmp_path / 'checkpoint', tmp_path / 'back'):
+        assert checkpoints.load_model(path).eos_token_ids == used
+    end = TOKENIZER.end_of_text
+    expected = {'bos_token_id': end, 'eos_token_id': end, 'pad_token_id': end} | ids
+    assert json.loads((tmp_path / 'back' / 'generation_config.json').read_text()) == expected
+    of_config = json.loads((tmp_path / 'back' / 'config.json').read_text())
+    assert [of_config[key] for key in ('bos_token_id', 'eos_token_id')] == [
+        expected['bos_token_id'],
+        expected['eos_token_id'],
+    ]
+
+
+# Anything in any file: it loads, or is one line.
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, -1, 2**31, 2**63, 10**18, 10**400, 'gpt_neo', [[['global'], 10**10]]])
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+DOCUMENTS = ['config.json', 'generation_config.json', 'tokenizer.json']
+
+
+def places(document, at=()):
+    """The way to every value of a document."""
+    yield at
+    for key, value in document.items() if isinstance(document, dict) else enumerate(document):
+        yield from places(value, (*at, key)) if isinstance(value, dict | list) else [(*at, key)]
+
+
+def put(document, at, value):
+    if not at:
+        return value
+    inner = document
+    for key in at[:-1]:
+        inner = inner[key]
+    inner[at[-1]] = value
+    return document
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """A directory of a few kilobytes."""
+    config = GPTConfig(vocab_size=260, block_size=4, n_layer=1, n_head=1, d_model=2)
+    folder = tmp_path_factory.mktemp('small') / 'hf'
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, 'f'), huggingface.parameter_shapes(config))
+    huggingface.save(folder, config, ones)
+    TOKENIZER.save(folder / 'tokenizer.json')
+    (folder / 'generation_config.json').write_text('{"eos_token_id": [1, 2], "pad_token_id": 3}')
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_that_it_loads_or_is_one_line(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    try:
+        model = checkpoints.load_model(folder)
+        model.tokenizer.decode(model.tokenizer.encode('a text, 12 é中'))
+        said = ' '
+    except InputError as error:
+        said = str(error)
+    assert said.isprintable()
+    assert len(said) < 2000
+
+
+@pytest.mark.parametrize('examples', [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_any_value_in_place_of_any_other_loads_or_is_one_line(small, tmp_path, examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from(DOCUMENTS), st.data(), JSON)
+    def change(name, data, value):
+        document = json.loads(small[name])
+        # The bytes of a vocabulary are all alike: few of them are enough.
+        ways = [way for way in places(document) if len(way) < 3 or way[1] != 'vocab'][:200]
+        document = put(document, data.draw(st.sampled_from(ways)), value)
+        check_that_it_loads_or_is_one_line(tmp_path / 'hf', small | {name: json.dumps(document).encode()})
+
+    change()
+
+
+@pytest.mark.parametrize('examples', [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_any_damage_to_any_file_loads_or_is_one_line(small, tmp_path, examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from(sorted(small)), st.integers(0, 3000), st.binary(min_size=1, max_size=8), st.integers(0, 8))
+    def change(name, at, put_in, cut_out):
+        data, at = small[name], at % len(small[name])
+        check_that_it_loads_or_is_one_line(tmp_path / 'hf', small | {name: data[:at] + put_in + data[at + cut_out :]})
+
+    change()

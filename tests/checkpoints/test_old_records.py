@@ -64,12 +64,14 @@ def test_a_checkpoint_of_an_earlier_version_loads_with_its_model_and_tokenizer(n
     record = GOLDEN[name].read_bytes()
     params = lay_out(tmp_path / 'checkpoints' / '20', record)
     loaded = checkpoints.load_model(tmp_path)
-    assert dataclasses.asdict(loaded.model.config) == json.loads(record)['model']
+    # What came later has the value that changes nothing.
+    later = {'activation': 'gelu_new', 'n_inner': None, 'scale_attn_by_inverse_layer_idx': False}
+    assert dataclasses.asdict(loaded.model.config) == json.loads(record)['model'] | later
     assert loaded.tokenizer.fingerprint == json.loads(record)['tokenizer_fingerprint']
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     tokens = jnp.asarray([loaded.tokenizer.encode('The king')])
     assert np.isfinite(loaded.model.apply({'params': loaded.params}, tokens)).all()
-    assert checkpoints.latest_meta(tmp_path / 'checkpoints') == json.loads(record)
+    assert checkpoints.recover(tmp_path / 'checkpoints') == json.loads(record)
     weights = checkpoints.find_weights(tmp_path)
     assert (weights.model, weights.found.step) == (loaded.model.config, 20)
 
@@ -124,4 +126,4 @@ def test_a_record_without_a_model_is_refused_in_one_line():
 def test_a_record_says_its_format(workdir):
     with checkpoints.Checkpoints(workdir) as saved:
         saved.save(1, {'w': jnp.ones(2)}, None, {})
-    assert checkpoints.latest_meta(workdir)['format'] == 1
+    assert checkpoints.recover(workdir)['format'] == 1

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -159,23 +160,26 @@ def test_saving_a_step_twice_leaves_the_first(folder, ckpt):
     assert load(folder).params['w'].tolist() == [1, 1]
 
 
-def test_only_real_leftovers_are_cleared_away_and_only_by_a_save(saved, ckpt):
+def test_only_real_leftovers_are_cleared_away_and_only_by_a_save(saved, ckpt, tmp_path):
     folder, states = saved
-    (folder / '2' / verifying.NAME).unlink()
-    (folder / '3.removed').mkdir()
-    (folder / '7.orbax-checkpoint-tmp').mkdir()
+    for leftover in ('3.removed', '7.orbax-checkpoint-tmp', 'saving_9', 'saving_11.orbax-checkpoint-tmp'):
+        (folder / leftover).mkdir()
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'file').touch()
+    (folder / 'saving_12.orbax-checkpoint-tmp').symlink_to(tmp_path / 'other')
     (folder / 'notes').mkdir()
     (folder / '8').mkdir()
     (folder / '8' / 'thesis.txt').write_text('mine')
     before = sorted(path.name for path in folder.iterdir())
     with Checkpoints(folder, keep_latest=3) as checkpoints:
-        assert checkpoints.steps() == [1]
+        assert checkpoints.steps() == [1, 2]
         assert sorted(path.name for path in folder.iterdir()) == before
-        checkpoints.save(2, *states[2], ckpt.meta)
-        ckpt.assert_same_bits(checkpoints.restore(2, *ckpt.abstract(states[2]))[:2], states[2])
+        checkpoints.save(12, *states[2], ckpt.meta)
+        ckpt.assert_same_bits(checkpoints.restore(12, *ckpt.abstract(states[2]))[:2], states[2])
         with pytest.raises(InputError, match='8 is in the way and no checkpoint'):
             checkpoints.save(8, *states[2], ckpt.meta)
-    assert sorted(path.name for path in folder.iterdir()) == ['1', '2', '8', 'notes']
+    assert sorted(path.name for path in folder.iterdir()) == ['1', '12', '2', '8', 'notes']
+    assert (tmp_path / 'other' / 'file').exists()
     assert (folder / '8' / 'thesis.txt').read_text() == 'mine'
 
 
@@ -288,7 +292,7 @@ def test_a_new_step_is_finished_before_the_old_one_goes(folder, monkeypatch):
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {'w': jnp.ones(2)}, None, {})
-    assert seen == [['1'], ['1', '2']]
+    assert seen == [['saving_1'], ['1', 'saving_2']]
     assert Checkpoints(folder).steps() == [2]
 
 
@@ -297,3 +301,39 @@ def test_the_manifest_lists_every_file_that_orbax_wrote(saved):
     listed = set(json.loads((folder / '1' / verifying.NAME).read_text())['files'])
     there = {path.relative_to(folder / '1').as_posix() for path in (folder / '1').rglob('*') if path.is_file()}
     assert there == listed | {verifying.NAME}
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_is_whole(folder, ckpt, capfd):
+    """A limit of a file's size stands for a full disk: the same errors, from the same libraries."""
+    params = {str(n): jax.random.normal(jax.random.key(n), (64, 128)) for n in range(4)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {'w': jnp.ones(2)}, None, {})
+    checkpoints.wait()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        checkpoints.save(2, params, None, {})
+        with pytest.raises(
+            InputError, match=r'2 cannot be written \(File too large\); .* step 1, is whole; make room'
+        ) as e:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        checkpoints.close()
+    assert '\n' not in str(e.value)
+    assert capfd.readouterr() == ('', '')
+    assert [path.name for path in folder.iterdir()] == ['1']
+    assert load(folder).params['w'].tolist() == [1, 1]
+
+
+def test_a_disk_that_is_full_at_the_manifest_keeps_the_step_from_counting(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(verifying, 'sha256', full)
+    checkpoints.save(1, {'w': jnp.ones(2)}, None, {})
+    with pytest.raises(InputError, match=r'1 cannot be written .* no checkpoint was there yet; make room'):
+        checkpoints.wait()
+    checkpoints.close()
+    assert list(folder.iterdir()) == []

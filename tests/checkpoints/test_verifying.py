@@ -71,10 +71,10 @@ def test_any_flipped_byte_of_the_manifest_itself_is_refused(folder):
     verifying.verify(folder)
 
 
-def test_a_missing_manifest_means_an_interrupted_save(folder):
+def test_a_missing_manifest_is_named(folder):
     (folder / verifying.NAME).unlink()
     assert not verifying.exists(folder)
-    with pytest.raises(InputError, match='its saving was interrupted'):
+    with pytest.raises(InputError, match=f'has no {verifying.NAME}'):
         verifying.verify(folder)
 
 

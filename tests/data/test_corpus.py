@@ -146,7 +146,9 @@ def test_directory_as_text_file_is_refused_by_name(tmp_path):
 
 def test_text_too_short_for_two_splits_is_refused(tmp_path):
     (tmp_path / 'one').write_text('x')
-    assert 'train split of text is empty' in error_line(load('text', tmp_path / 'one').documents, 'train')
+    assert 'one is empty: there is none of 1 characters for it' in error_line(
+        load('text', tmp_path / 'one').documents, 'train'
+    )
 
 
 def test_unknown_corpus_lists_the_known_ones():

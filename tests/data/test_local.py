@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt_jax.data import DataConfig, corpus, load_corpus, local
+from gpt_jax.data import DataConfig, corpus, formats, load_corpus, local
 from gpt_jax.data.corpus import SPLITS
 from gpt_jax.errors import InputError
 
@@ -91,7 +91,7 @@ def test_a_running_text_is_the_same_however_it_is_divided(tmp_path, small_bpe, t
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, 'PART_BYTES', size)
-        patch.setattr(local, 'BLOCK_BYTES', block)
+        patch.setattr(formats, 'BLOCK_BYTES', block)
         corpus_ = load(path)
         found, _ = splits(corpus_)
         ids = {split: [] for split in SPLITS}
@@ -115,7 +115,7 @@ def test_a_running_text_in_several_files_is_split_by_all_their_characters(tmp_pa
 
 
 def test_blocks_may_be_longer_than_a_read_and_their_blank_lines_hold_spaces(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, 'BLOCK_BYTES', 8)
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 8)
     (tmp_path / 'a.txt').write_bytes('\n\nfirst line\nsecond é line\r\n \t\r\n\n\nlast\n'.encode())
     found, _ = splits(load(tmp_path / 'a.txt', documents='block'))
     assert found['train'] + found['validation'] == ['first line\nsecond é line', 'last']
@@ -147,7 +147,7 @@ def test_blocks_do_not_depend_on_where_reading_stops(text, cuts):
 
 @pytest.mark.parametrize('documents', ['whole', 'file', 'block'])
 def test_invalid_bytes_are_refused_or_replaced_and_counted(tmp_path, monkeypatch, documents):
-    monkeypatch.setattr(local, 'BLOCK_BYTES', 5)
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 5)
     path = tmp_path / 'a.txt'
     path.write_bytes(b'abcd\xe9f \xef\xbf\xbd g\xff\n' + b'z' * 40)
     message = line(lambda: splits(load(path, documents=documents)))
@@ -189,7 +189,7 @@ def test_rows_without_text_are_left_out(tmp_path):
         ('a.jsonl.gz', b'no gzip', 'damaged'),
         ('a.jsonl.zst', b'no zstd', 'damaged'),
         ('a.parquet', b'no parquet', 'not a parquet file'),
-        ('a.txt.gz', b'x', 'of compressed files only .jsonl'),
+        ('a.txt.gz', gzip.compress(b'x'), 'of compressed files only JSON lines'),
         ('a.txt', b'', 'the file is empty'),
     ],
 )
@@ -227,13 +227,13 @@ def test_a_file_whose_name_has_wildcards_is_taken_by_its_name(tmp_path):
 
 
 def test_a_line_of_json_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, 'LINE_BYTES', 100)
+    monkeypatch.setattr(formats, 'LINE_BYTES', 100)
     (tmp_path / 'a.jsonl').write_bytes(json_lines(['x' * 200]))
     assert 'line 1: longer than 100 bytes' in line(lambda: splits(load(tmp_path / 'a.jsonl')))
 
 
 def test_a_plain_text_without_a_line_end_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, 'BLOCK_BYTES', 1000)
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 1000)
     (tmp_path / 'a.txt').write_text('word ' * 5000)
     corpus_ = load(tmp_path / 'a.txt')
     passages = [passage for part in corpus_.parts() for passage in corpus_.read(part, corpus_.decoder())]

@@ -286,6 +286,7 @@ def test_quit_ends_the_session(play, line):
         ('set greedy=1', 'greedy=1: must be true or false'),
         ('set top_p=2', 'top_p=2.0 must be above 0 and at most 1'),
         ('seed 4294967296', "N='4294967296' must be a whole number, 0 to 4294967295"),
+        ('top ' + '9' * 5000, 'must be a whole number, 1 or more'),
         ('seed one', "N='one' must be a whole number"),
     ],
 )

@@ -64,7 +64,10 @@ def test_a_picture_of_a_long_text_stays_small(tmp_path):
 
 @pytest.mark.parametrize(
     ('name', 'message'),
-    [('map.jpg', 'the picture is a PNG; end it in .png'), ('no/map.png', 'cannot be written')],
+    [
+        ('map.jpg', 'the picture is a PNG; end it in .png'),
+        ('no/map.png', 'cannot be written'),
+    ],
 )
 def test_a_picture_that_cannot_be_is_one_line(tmp_path, name, message):
     with pytest.raises(InputError, match=message):
@@ -120,3 +123,49 @@ def test_probabilities_keep_their_size():
     assert [show_probability(p) for p in (1.0, 0.12345, 0.0001, 0.000012, 0.0)] == [
         *('1.0000', '0.1235', '0.0001', '1e-05', '-'),
     ]
+
+
+WIDE = Table(
+    'title',
+    ('', 'rank', 'token', 'id', 'model', 'repetition_penalty=1.25', 'temperature=0.7', 'top_p=0.9', 'typical_p=0.95'),
+    (
+        ('', '1', "' the'", '262', '0.1234', '0.2345', '0.3456', '0.4567', '-'),
+        ('>', '2', repr('-' * 64), '50256', '1e-30', '1e-36', '8e-52', '-', '0.5678'),
+        ('', '', 'entropy in nats', '', '1.213', '1.190', '1.012', '0.837', '0.123'),
+    ),
+    1,
+    names=3,
+)
+
+
+@pytest.mark.parametrize('width', [40, 47, 60, 80, 100])
+def test_on_a_narrow_terminal_a_table_is_shown_in_parts_that_lose_nothing(width):
+    lines = printed([WIDE], width=width).splitlines()
+    assert all(len(line) <= width for line in lines)
+    parts = [part.split() for part in '\n'.join(lines[1:]).split('   rank')[1:]]
+    shown = ''.join(''.join(part) for part in parts)
+    for cell in {cell for row in WIDE.rows for cell in row[3:]}:
+        assert cell in shown
+    for number in ('0.1234', '0.2345', '0.3456', '0.4567', '0.5678'):
+        assert sum(number in line for line in lines) == 1
+    # Each part says again which token a row is of.
+    assert len(parts) > 1
+    assert all("'the'" in ''.join(part) for part in parts)
+    assert not any('columns; tables need' in line for line in lines)
+
+
+def test_a_terminal_too_narrow_for_any_table_is_told_so():
+    assert '(this terminal has 30 columns; tables need 40)' in printed([WIDE], width=30)
+
+
+def test_an_attention_map_fits_a_narrow_terminal():
+    tokenizer = train_char(['abcdef'])
+    tokens = tokenizer.encode('abcdef' * 170)
+    weights_TS = np.tril(np.ones((len(tokens), len(tokens))))
+    lines = printed([views.attention_table(weights_TS, tokens, tokenizer)], width=40).splitlines()
+    assert lines[-1] == f'1019  |{"@" * 32}|'
+
+
+def test_commands_of_a_pipe_without_an_end_are_refused(session):
+    with pytest.raises(InputError, match='a command has more than 65,536 characters'):
+        session(b'\0' * 10**6)

@@ -131,11 +131,11 @@ def test_what_cannot_be_drafted_is_refused(engine, draft):
     with pytest.raises(InputError, match='draft_tokens=0 must be at least 1'):
         Speculative(0)
     with pytest.raises(InputError, match='allow_sliding does not go with speculative'):
-        Speculative().check(engine, requests, GREEDY, StoppingCriteria(10, -1, allow_sliding=True))
+        Speculative().check_settings(GREEDY, StoppingCriteria(10, -1, allow_sliding=True))
     small = GPT(GPTConfig(VOCAB + 1, 8, n_layer=1, n_head=1, d_model=4))
     other = Engine(small, small.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params'])
     with pytest.raises(InputError, match='vocabulary of 31 tokens and the model one of 30'):
-        Speculative(draft=other).check(engine, requests, GREEDY, StoppingCriteria(10, -1))
+        Speculative(draft=other).check(engine, requests, StoppingCriteria(10, -1))
     short = Engine(GPT(GPTConfig(VOCAB, 8, n_layer=2, n_head=2, d_model=16)), {'blocks': {}} | dict(draft.params))
     with pytest.raises(InputError, match='exceed block_size=8 of the draft'):
-        Speculative(draft=short).check(engine, requests, GREEDY, StoppingCriteria(10, -1))
+        Speculative(draft=short).check(engine, requests, StoppingCriteria(10, -1))

@@ -1,5 +1,7 @@
 """Stop strings against a search of the whole text, however it is cut into tokens or pieces."""
 
+import os
+
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -81,3 +83,8 @@ def test_a_stop_string_is_found_in_the_middle_of_tokens(tokenizer):
 def test_an_empty_stop_string_is_refused(tokenizer):
     with pytest.raises(InputError, match='at least one character'):
         StopStrings(tokenizer, ['x', ''])
+
+
+def test_a_stop_string_that_is_no_text_is_refused():
+    with pytest.raises(InputError, match=r'stop=.* is no text'):
+        StopStrings(None, ['a', os.fsdecode(b'\xff')])

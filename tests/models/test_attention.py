@@ -28,7 +28,7 @@ def x_BTD():  # noqa: N802
 def attend(config, layer, x_BTD, key=None, index=0):
     rngs = {} if key is None else {'dropout': key}
     info = TokenInfo.of(x_BTD[..., 0])
-    return CausalSelfAttention(config, config.band(index)).apply({'params': layer}, x_BTD, info, rngs=rngs)[0]
+    return CausalSelfAttention(config, config.band(index)).apply({'params': layer}, x_BTD, info, index, rngs=rngs)[0]
 
 
 def test_self_attention_equals_numpy(config, layer, x_BTD):

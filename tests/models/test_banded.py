@@ -91,7 +91,7 @@ def test_a_banded_layer_equals_numpy_with_and_without_dropout(config, params, ke
     module = CausalSelfAttention(config, config.band(1))
     info = TokenInfo.of(x_BTD[..., 0], None, None)
     rngs = {} if key is None else {'dropout': key}
-    y_BTD, _ = module.apply({'params': layer}, x_BTD, info, rngs=rngs)
+    y_BTD, _ = module.apply({'params': layer}, x_BTD, info, 1, rngs=rngs)
     np.testing.assert_allclose(y_BTD, self_attention(float64(x_BTD), float64(layer), BAND), rtol=1e-4, atol=1e-5)
 
 

@@ -19,6 +19,12 @@ RATES = ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout
 BAD_VALUES = [
     *((key, value) for key in SIZES for value in (0, -1)),
     *((key, value) for key in RATES for value in (-0.1, 1.0, math.nan)),
+    *((key, 10**10) for key in ('n_layer', 'd_model', 'mlp_expansion', 'n_inner', 'vocab_size', 'band_size')),
+    ('n_inner', 0),
+    ('block_size', 10**15),
+    *(('layer_norm_epsilon', value) for value in (0, -1e-5, 2.0, math.inf, math.nan, True)),
+    *((key, 1) for key in ('qkv_bias', 'tie_embeddings', 'scan_layers', 'scale_attn_by_inverse_layer_idx')),
+    ('attention_scale', math.nan),
 ]
 
 
@@ -35,6 +41,11 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_a_width_that_works(
         dataclasses.replace(TINY, d_model=30)
     with pytest.raises(InputError, match=r'^model\.d_model=3 .* model\.n_head=8; .* 8$'):
         dataclasses.replace(TINY, d_model=3, n_head=8)
+
+
+def test_an_activation_of_another_kind_is_refused_with_the_choices():
+    with pytest.raises(InputError, match=r"^model\.activation='prelu' must be one of gelu_new, gelu, .*, linear$"):
+        dataclasses.replace(TINY, activation='prelu')
 
 
 def test_an_unknown_compute_dtype_is_refused_with_the_choices():
@@ -62,6 +73,9 @@ def test_widths_follow_from_the_model_width():
     config = GPTConfig(vocab_size=300, block_size=24, n_layer=3, n_head=4, d_model=48, mlp_expansion=3)
     assert config.head_dim == 12
     assert config.d_mlp == 144
+    narrow = dataclasses.replace(config, n_inner=100)
+    assert (narrow.d_mlp, narrow.mlp_expansion) == (100, None)
+    assert GPTConfig(**dataclasses.asdict(narrow)) == narrow
 
 
 @pytest.mark.parametrize(('name', 'dtype'), [('f32', jnp.float32), ('bf16', jnp.bfloat16), ('fp16', jnp.float16)])
@@ -82,6 +96,7 @@ def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded
     n_head=st.integers(1, 4),
     head_dim=st.integers(1, 8),
     mlp_expansion=st.integers(1, 5),
+    n_inner=st.none() | st.integers(1, 50),
     tie_embeddings=st.booleans(),
 )
 def test_num_parameters_counts_the_tree_that_init_makes_less_the_padding(n_head, head_dim, tie_embeddings, **sizes):

@@ -57,7 +57,8 @@ def test_a_part_equals_numpy_keeps_the_shape_and_passes_gradients(config, params
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 32), np.float32))
 
     def summed(layer, x):
-        y = module(config).apply({'params': layer}, x, TokenInfo.of(x[..., 0]))
+        of_block = (0,) if module is Block else ()
+        y = module(config).apply({'params': layer}, x, TokenInfo.of(x[..., 0]), *of_block)
         y = y[0] if module is Block else y
         return jnp.sum(weights * y), y
 

@@ -112,12 +112,14 @@ configs = st.builds(
     n_head=st.sampled_from([1, 2]),
     d_model=st.sampled_from([2, 6]),
     mlp_expansion=st.integers(1, 4),
+    n_inner=st.sampled_from([None, 5, 7]),
+    activation=st.sampled_from(['gelu_new', 'gelu', 'relu', 'silu', 'tanh']),
     tie_embeddings=st.booleans(),
     layer_norm_epsilon=st.sampled_from([1e-5, 1e-3]),
     **{rate: st.sampled_from([0.0, 0.1, 0.25]) for rate in RATES},
 )
 attentions = st.one_of(
-    st.sampled_from([{}, {'attention_scale': 1.0}, NEO]),
+    st.sampled_from([{}, {'attention_scale': 1.0}, {'scale_attn_by_inverse_layer_idx': True}, NEO]),
     st.builds(lambda size: NEO | {'attention_pattern': 'alternating', 'band_size': size}, st.integers(1, 9)),
 )
 
@@ -158,9 +160,79 @@ def test_names_without_the_prefix_masks_and_several_files_make_no_difference(con
     assert_same(huggingface.load(folder)[1], random_params(config))
 
 
-def test_a_tied_head_that_is_written_out_is_the_same_model(config, folder):
-    edit_tensors(folder, lambda t: t.update({'lm_head.weight': t['transformer.wte.weight']}))
+def renamed(change):
+    def edit(tensors):
+        for name in list(tensors):
+            tensors[change(name)] = tensors.pop(name)
+
+    return edit
+
+
+def both(tensors):
+    tensors['lm_head.weight'] = tensors['transformer.wte.weight']
+
+
+TIED = {
+    'both names of the table': both,
+    "the head's name alone": lambda t: t.update({'lm_head.weight': t.pop('transformer.wte.weight')}),
+    'no prefix': renamed(lambda name: name.removeprefix('transformer.')),
+    'a wrapper': renamed(lambda name: f'model.{name}'),
+    'a wrapper in a wrapper': renamed(lambda name: f'module._orig_mod.{name}'),
+    'a wrapper around both names': lambda t: (both(t), renamed(lambda name: f'module.{name}')(t)),
+    "a wrapper around the head's name alone": lambda t: (
+        t.update({'lm_head.weight': t.pop('transformer.wte.weight')}),
+        renamed(lambda name: f'module.{name}')(t),
+    ),
+    'a wrapper around the model without its head': lambda t: (
+        renamed(lambda name: f'model.{name}')(t),
+        t.update({'lm_head.weight': t['model.transformer.wte.weight']}),
+    ),
+}
+
+
+@pytest.mark.parametrize('change', TIED.values(), ids=TIED)
+def test_a_tied_table_may_stand_under_either_name_and_all_under_any_prefix(config, folder, change):
+    edit_tensors(folder, change)
     assert_same(huggingface.load(folder)[1], random_params(config))
+
+
+def test_an_untied_head_under_a_wrapper_is_read(config, tmp_path):
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    huggingface.save(tmp_path / 'hf', untied, random_params(untied))
+    edit_tensors(tmp_path / 'hf', renamed(lambda name: f'model.{name}'))
+    assert_same(huggingface.load(tmp_path / 'hf')[1], random_params(untied))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_named_when_read_and_when_written(config, folder, tmp_path, value):
+    def damage(tensors):
+        tensors['transformer.h.1.mlp.c_fc.weight'][3, 5] = value
+
+    edit_tensors(folder, damage)
+    assert 'model.safetensors: transformer.h.1.mlp.c_fc.weight has values that are NaN or infinite' in message(folder)
+    params = random_params(config)
+    params['blocks']['mlp']['up']['kernel'][1, 3, 5] = value
+    with pytest.raises(InputError, match=r'^blocks/mlp/up/kernel has values that are NaN or infinite'):
+        huggingface.save(tmp_path / 'new', config, params)
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize(
+    ('of_config', 'of_generation', 'expected'),
+    [
+        ({}, None, {}),
+        ({'eos_token_id': 7}, None, {'eos_token_id': 7}),
+        ({'eos_token_id': [7, 8]}, {}, {'eos_token_id': [7, 8]}),
+        ({'eos_token_id': 7}, {'eos_token_id': [9, 50256]}, {'eos_token_id': [9, 50256]}),
+        ({'bos_token_id': 1, 'pad_token_id': 2}, {'pad_token_id': -1}, {'bos_token_id': 1, 'pad_token_id': -1}),
+        ({'eos_token_id': 7}, {'eos_token_id': None, 'temperature': 0.7}, {'eos_token_id': 7}),
+    ],
+)
+def test_token_ids_are_read_and_generation_config_wins(folder, of_config, of_generation, expected):
+    edit_config(folder, **of_config)
+    if of_generation is not None:
+        (folder / 'generation_config.json').write_text(json.dumps(of_generation))
+    assert huggingface.read_token_ids(folder) == expected
 
 
 def test_keys_that_config_json_leaves_out_have_the_values_of_transformers(tmp_path):
@@ -210,11 +282,14 @@ def test_an_untied_head_that_is_not_there_is_missing(folder):
         ({'model_type': ['gpt2']}, "model_type=['gpt2'] cannot be read"),
         ({'n_inner': 0.5}, 'n_inner=0.5 must be a whole number'),
         ({'model_type': 'llama'}, "model_type='llama' cannot be read; gpt2 (GPT-2) and gpt_neo (GPT-Neo) can"),
-        ({'activation_function': 'relu'}, 'activation_function="relu" has no counterpart here'),
-        ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx=true has no counterpart'),
+        ({'activation_function': 'prelu'}, 'activation_function="prelu" has no counterpart here'),
+        ({'activation_function': ['relu']}, 'activation_function=["relu"] has no counterpart here'),
+        ({'scale_attn_by_inverse_layer_idx': 1}, 'scale_attn_by_inverse_layer_idx=1 must be true or false'),
+        ({'rotary_dim': 8}, 'rotary_dim=8 has no counterpart here'),
         ({'add_cross_attention': True}, 'add_cross_attention=true has no counterpart'),
         ({'quantization_config': {'bits': 4}}, 'quantization_config={"bits": 4} has no counterpart'),
-        ({'n_inner': 100}, 'n_inner=100 is not a multiple of the width 32'),
+        ({'n_inner': 0}, 'n_inner=0 must be a whole number of at least 1'),
+        ({'n_inner': 10**9 + 1}, 'n_inner=1000000001 must be at most'),
         ({'n_layer': '2'}, 'n_layer="2" must be a whole number'),
         ({'n_layer': True}, 'n_layer=true must be a whole number'),
         ({'n_head': 5}, 'is not divisible by model.n_head=5'),
@@ -253,12 +328,12 @@ def test_other_orders_of_gpt_neos_layers_are_refused(config, tmp_path, types, ex
 @pytest.mark.parametrize('content', ['', '{', '[]', 'null', b'\xff'])
 def test_a_config_that_is_no_json_object_is_named(folder, content):
     (folder / 'config.json').write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert message(folder).startswith(f'{folder}/config.json: is no JSON')
+    assert message(folder).startswith(f'{folder}/config.json is no')
 
 
 def test_a_missing_config_is_named(folder):
     (folder / 'config.json').unlink()
-    assert message(folder).startswith(f'{folder}/config.json: cannot be read (No such file or directory)')
+    assert message(folder).startswith(f'{folder}/config.json cannot be read (No such file or directory)')
 
 
 @settings(max_examples=30, deadline=None)
@@ -319,6 +394,7 @@ def test_an_index_that_does_not_agree_with_its_files_is_named(folder, break_it, 
         ({'attention_pattern': 'alternating'}, "model.attention_pattern='alternating' with model.qkv_bias=True"),
         ({'attention_scale': 0.5}, 'model.attention_scale=0.5 has no counterpart'),
         ({'qkv_bias': False}, 'model.qkv_bias=False with model.attention_scale=None has no counterpart'),
+        (NEO | {'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx=True has no counterpart'),
     ],
 )
 def test_what_has_no_counterpart_is_not_saved(config, tmp_path, changes, expected):

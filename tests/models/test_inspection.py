@@ -72,3 +72,27 @@ def test_stacked_and_unstacked_parameters_are_seen_alike(config, params, tokens)
     np.testing.assert_array_equal(
         attention_maps(model, unstacked, streams_LBTD, 1), attention_maps(model, params, streams_LBTD, 1)
     )
+
+
+@pytest.mark.parametrize('pattern', ['dense', 'alternating'])
+def test_scores_divided_by_the_layers_number_are_those_of_divided_queries(
+    banded, banded_params, tokens, pattern, forward
+):
+    usual = dataclasses.replace(banded, attention_pattern=pattern)
+    by_layer = dataclasses.replace(usual, scale_attn_by_inverse_layer_idx=True)
+    number = np.arange(1, 4, dtype=np.float32)
+    qkv = banded_params['blocks']['attention']['qkv']
+    divided = {
+        'kernel': qkv['kernel'].at[:, :, 0].divide(number[:, None, None, None]),
+        'bias': qkv['bias'].at[:, 0].divide(number[:, None, None]),
+    }
+    blocks = banded_params['blocks'] | {'attention': banded_params['blocks']['attention'] | {'qkv': divided}}
+    expected = forward(usual)(banded_params | {'blocks': blocks}, tokens)
+    np.testing.assert_allclose(forward(by_layer)(banded_params, tokens), expected, **LOOSE)
+    streams_LBTD = residual_streams(GPT(by_layer), banded_params, tokens)
+    np.testing.assert_allclose(lens_logits(GPT(by_layer), banded_params, streams_LBTD[-1]), expected, **LOOSE)
+    for layer in range(3):
+        maps = attention_maps(GPT(by_layer), banded_params, streams_LBTD, layer)
+        np.testing.assert_allclose(
+            maps, attention_maps(GPT(usual), banded_params | {'blocks': blocks}, streams_LBTD, layer), **LOOSE
+        )

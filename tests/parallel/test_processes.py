@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
         (('localhost:0', 2, 0), 'must be HOST:PORT'),
         (('localhost:65536', 2, 0), 'must be HOST:PORT'),
         (('localhost:-1', 2, 0), 'must be HOST:PORT'),
-        (('localhost:１', 2, 0), 'must be HOST:PORT'),
+        (('localhost:\uff11', 2, 0), 'must be HOST:PORT'),
         (('localhost:port', 2, 0), 'must be HOST:PORT'),
         (('a b:1', 2, 0), 'there is no host a b'),
         (('x' * 300 + ':1', 2, 0), 'there is no host'),
@@ -50,7 +50,7 @@ def test_a_port_that_is_taken_is_refused():
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as taken:
         taken.bind(('', 0))
         taken.listen()
-        with pytest.raises(InputError, match='process 0 cannot listen there .Address already in use.; name another'):
+        with pytest.raises(InputError, match=r'process 0 cannot listen there .Address already in use.; name another'):
             processes.connect(f'localhost:{taken.getsockname()[1]}', 2, 0)
 
 
@@ -88,7 +88,10 @@ class Store:
         ([{'seed': 0, 'x': None}, {'seed': 0, 'x': 1}], 'x=1 in process 1 and None in process 0; start all'),
         ([{'seed': 0}, {'seed': 0}, {'seed': 1}], 'seed=1 in process 2 and 0 in process 0; start all'),
         ([{'seed': 0}, {'seed': 0, 'key': 1}], 'key=1 in process 1 and None in process 0; start all'),
-        ([{str(n): 0 for n in range(9)}, {str(n): 1 for n in range(9)}], '4=1 in process 1 and 0 in process 0 (and 4 more)'),
+        (
+            [{str(n): 0 for n in range(9)}, {str(n): 1 for n in range(9)}],
+            '4=1 in process 1 and 0 in process 0 (and 4 more)',
+        ),
         ([{'seed': 0}, {'seed': 0}, {'seed': 0}], None),
     ],
 )
@@ -116,15 +119,15 @@ def test_what_differs_between_processes_is_named_in_all_of_them(monkeypatch, val
     ],
 )
 def test_a_collective_that_fails_for_want_of_another_process_ends_this_one(monkeypatch, error, ends):
-    class Ended(Exception):
+    class EndedError(Exception):
         pass
 
     def end(message):
-        raise Ended(message)
+        raise EndedError(message)
 
     monkeypatch.setattr(processes, '_end', end)
     monkeypatch.setattr(processes.jax, 'process_count', lambda: 2)
-    with pytest.raises(Ended if ends else type(error)), processes.ended_together():
+    with pytest.raises(EndedError if ends else type(error)), processes.ended_together():
         raise error
 
 
@@ -146,7 +149,11 @@ def pair(corpus, tmp_path):
             probe.bind(('127.0.0.1', 0))
             port = probe.getsockname()[1]
         common = [
-            *('--config=configs/smoke.py', f'--config.data.path={corpus}', f'--config.data.cache_dir={tmp_path / "data"}'),
+            *(
+                '--config=configs/smoke.py',
+                f'--config.data.path={corpus}',
+                f'--config.data.cache_dir={tmp_path / "data"}',
+            ),
             *('--config.data.tokenizer=char', f'--workdir={tmp_path / "run"}', '--config.train.batch_size=16'),
             *('--distributed', f'--coordinator=127.0.0.1:{port}', '--num_processes=2'),
         ]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from gpt_jax.models import GPT, GPTConfig
+from gpt_jax.models.config import ACTIVATIONS
 from gpt_jax.planning.memory import kept_of_token
 
 SCANNED = {'scan_layers': True}
@@ -68,10 +69,11 @@ def test_so_it_is_in_every_other_combination(estimate_and_truth, fields):
         {'compute_dtype': 'bf16'},
         BANDED,
         {'mlp_expansion': 2, 'n_head': 2},
+        {'n_inner': 100},
         {'attention_dropout': 0.1},
         {'resid_dropout': 0.1, 'mlp_dropout': 0.1},
     ],
-    ids=['f32', 'bf16', 'banded', 'other widths', 'attention dropout', 'dropout'],
+    ids=['f32', 'bf16', 'banded', 'other widths', 'no multiple', 'attention dropout', 'dropout'],
 )
 def test_the_formula_counts_to_the_byte_what_a_scanned_layer_keeps_of_its_tokens(fields, remat):
     sizes = {'block_size': 64, 'n_layer': 4, 'n_head': 4, 'd_model': 96, 'remat': remat, 'scan_layers': True}
@@ -80,6 +82,14 @@ def test_the_formula_counts_to_the_byte_what_a_scanned_layer_keeps_of_its_tokens
     of_tokens = _kept_by_layer(config, batch=7) - _kept_by_layer(config, batch=3)
     counted = sum(size for _, size, _ in kept_of_token(config, jnp.dtype(config.dtype).itemsize))
     assert of_tokens / (4 * config.block_size) == counted
+
+
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+def test_so_it_does_for_every_activation(activation):
+    sizes = {'block_size': 8, 'n_layer': 4, 'n_head': 4, 'd_model': 96, 'scan_layers': True, 'compute_dtype': 'bf16'}
+    config = GPTConfig(512, activation=activation, **sizes)
+    of_tokens = _kept_by_layer(config, batch=7) - _kept_by_layer(config, batch=3)
+    assert of_tokens / (4 * config.block_size) == sum(size for _, size, _ in kept_of_token(config, 2))
 
 
 def _kept_by_layer(config, batch):

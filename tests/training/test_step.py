@@ -9,7 +9,7 @@ import pytest
 from gpt_jax.data import document_positions
 from gpt_jax.errors import InputError
 from gpt_jax.parallel import MeshConfig, devices, make_mesh
-from gpt_jax.parallel.devices import memory_bytes
+from gpt_jax.parallel.devices import memory_of
 from gpt_jax.training import resolve
 from gpt_jax.training.recipe import model_config
 from gpt_jax.training.step import CPU_OPTIONS, check_memory, compiler_options, make_eval_step
@@ -228,19 +228,18 @@ def test_what_fits_is_not_refused(tiny_config):
     check_memory(run, model_config(run, 512), make_mesh(MeshConfig()))
 
 
-def test_memory_is_asked_of_the_device_or_its_host():
-    host = memory_bytes(jax.devices()[0]) * jax.local_device_count()
+def test_memory_is_asked_of_the_devices_or_their_host():
+    host = memory_of(jax.devices())
     assert 2**28 < host <= os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     gpu = types.SimpleNamespace(platform='gpu', device_kind='NVIDIA H200', memory_stats=lambda: {'bytes_limit': 12})
-    assert memory_bytes(gpu) == 12
+    assert memory_of([gpu, gpu]) == 24
     gpu.memory_stats = lambda: None
-    assert memory_bytes(gpu) == 141 * 10**9
-    gpu.device_kind = 'unheard of'
-    assert memory_bytes(gpu) is None
+    assert memory_of([gpu, gpu]) == 2 * 141 * 10**9
 
 
 def test_a_container_has_what_it_may_have(monkeypatch, tmp_path):
     (tmp_path / 'max').write_text('max\n')
     (tmp_path / 'limit').write_text(f'{2**30}\n')
-    monkeypatch.setattr(devices, 'CGROUP_LIMITS', (tmp_path / 'max', tmp_path / 'none', tmp_path / 'limit'))
-    assert memory_bytes(jax.devices()[0]) == 2**30 // jax.local_device_count()
+    limits = [str(tmp_path / name) for name in ('max', 'none', 'limit')]
+    monkeypatch.setattr(devices, 'CONTAINER_LIMITS', limits)
+    assert memory_of(jax.devices()) == 2**30

@@ -1,12 +1,15 @@
+import errno
 import json
+import os
 
 import pytest
 
+from gpt_jax import files
 from gpt_jax.config import as_record
 from gpt_jax.errors import InputError
 from gpt_jax.training import resolve
 from gpt_jax.training.logs import SampleLog
-from gpt_jax.training.workdir import check, locked, write_config
+from gpt_jax.training.workdir import FILES, FOLDERS, check, locked, write_config
 
 
 @pytest.fixture
@@ -65,15 +68,92 @@ def test_any_other_key_that_differs_is_named_with_both_values(run, tmp_path, key
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_config_that_is_no_json_is_named(run, tmp_path):
-    (tmp_path / 'config.json').write_bytes(b'{"model": \xff')
-    with pytest.raises(InputError, match=r'config\.json is not JSON'):
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'{"model": \xff', 'is not UTF-8'),
+        (b'{"model": ', 'is not JSON'),
+        (b'', 'is not JSON'),
+        (b'[1]', 'holds no experiment'),
+        (b'[' * 100_000, 'is nested too deeply'),
+        (b'version https://git-lfs.github.com/spec/v1\n', 'is a Git LFS pointer'),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(run, tmp_path, content, message):
+    (tmp_path / 'config.json').write_bytes(content)
+    with pytest.raises(InputError, match=rf'config\.json {message}.*choose another --workdir') as error:
         check(tmp_path, run())
+    assert '\n' not in str(error.value)
 
 
-def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+@pytest.fixture
+def places(tmp_path):
+    """A folder with things that are no place for a run."""
     (tmp_path / 'file').touch()
-    with pytest.raises(InputError, match='is a file; name a folder'), locked(tmp_path / 'file'):
+    (tmp_path / 'loop').symlink_to('loop')
+    (tmp_path / 'dangling').symlink_to('nowhere')
+    os.mkfifo(tmp_path / 'pipe')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('file', 'is a file; name a folder'),
+        ('file/run', 'Not a directory'),
+        ('pipe', 'is a file; name a folder'),
+        ('loop', 'loop'),
+        ('loop/run', 'loop'),
+        ('dangling', 'File exists'),
+        ('x' * 300, 'File name too long'),
+        ('nul\0', 'null byte'),
+        ('\udcff', 'no UTF-8'),
+    ],
+)
+def test_a_place_where_no_run_can_be_is_refused_in_one_line(places, name, message):
+    before = sorted(places.iterdir())
+    with pytest.raises(InputError, match=f'--workdir=.*{message}') as error, locked(f'{places}/{name}'):
+        pass
+    assert '\n' not in str(error.value)
+    assert sorted(places.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    'workdir',
+    ['gs://bucket/run', 's3://bucket/run', 'hf://x', 'file:///tmp/x', '', '/proc/run', '/dev/null', '/sys/run'],
+)
+def test_what_is_no_folder_of_this_machine_is_refused_in_one_line(tmp_path, monkeypatch, workdir):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f'--workdir=.?{workdir}') as error, locked(workdir):
+        pass
+    assert '\n' not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo, lambda path: open(path, 'w').close()])
+@pytest.mark.parametrize('name', [*FILES, *FOLDERS, '.lock', '.holder.json'])
+def test_something_else_in_the_place_of_a_file_of_the_run_is_refused_before_any_work(tmp_path, make, name):
+    make(tmp_path / name)
+    is_right = (tmp_path / name).is_file() if name not in FOLDERS else (tmp_path / name).is_dir()
+    if is_right or (make is os.mkfifo and name.startswith('.')):  # these are replaced, unread
+        with locked(tmp_path):
+            return
+    with pytest.raises(InputError, match=f'--workdir={tmp_path}') as error, locked(tmp_path):
+        pass
+    assert '\n' not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir() if path.name != '.lock'] == [name] * (name != '.lock')
+
+
+@pytest.mark.parametrize('number', [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_that_cannot_be_written_to_is_refused_in_one_line(tmp_path, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, '_create', refuse)
+    with (
+        pytest.raises(InputError, match=rf'cannot be written to \({os.strerror(number)}\)'),
+        locked(tmp_path / 'run'),
+    ):
         pass
 
 

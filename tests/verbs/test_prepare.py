@@ -1,6 +1,8 @@
 """`python -m gpt_jax.prepare`: what it prints, what it refuses."""
 
+import os
 import pathlib
+import resource
 
 import pytest
 
@@ -81,3 +83,29 @@ def test_data_for_fine_tuning_are_cut_by_the_tokenizer_of_the_weights(verb, tiny
     assert status == 0
     folder = pathlib.Path(output.splitlines()[-1].removeprefix('done: '))
     assert (folder / 'tokenizer.json').read_bytes() == (tiny_gpt2 / 'tokenizer.json').read_bytes()
+
+
+@pytest.mark.parametrize(
+    'name', ['gs://bucket/data', 'file:///data', 'file', 'file/data', 'loop', 'pipe', 'x' * 300, '/proc/x/y']
+)
+def test_a_cache_that_cannot_be_is_refused_before_any_work(refused, arguments, tmp_path, name):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'loop').symlink_to('loop')
+    os.mkfifo(tmp_path / 'pipe')
+    before = sorted(tmp_path.iterdir())
+    path = name if ':' in name or name.startswith('/') else tmp_path / name
+    assert refused('prepare', *arguments, f'--config.data.cache_dir={path}').startswith(f'data.cache_dir={path}: ')
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_of_a_file(refused, arguments, tmp_path):
+    """A limit of a file's size stands for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        line = refused('prepare', *arguments, '--num_workers=1')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'cannot be written (File too large)' in line
+    assert not list(tmp_path.rglob('*.tmp'))
+    assert not list(tmp_path.rglob('*.bin'))

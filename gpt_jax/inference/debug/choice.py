@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax.data import Tokenizer
 from gpt_jax.inference.engine import pack, padded_length
 from gpt_jax.inference.generate import row_keys
 from gpt_jax.inference.sampling import Chain, Sampling
@@ -19,16 +20,20 @@ MODEL = 'model'
 class ModelInspector:
     """Looks at a GPT after one text at a time; the last text's residual streams are kept.
 
+    Ids that the tokenizer has no token for have logits of -inf, as in `Engine`.
+
     The debugger knows a model by these names alone, so that it is tested on a toy.
 
     Attributes:
       n_layer, n_head, block_size: as in GPTConfig.
     """
 
-    def __init__(self, model: GPT, params: Any):
+    def __init__(self, model: GPT, params: Any, tokenizer: Tokenizer | None = None):
         self.n_layer, self.n_head = model.config.n_layer, model.config.n_head
         self.block_size = model.config.block_size
         self._model, self._params = model, unstack_layers(params)
+        size = model.config.vocab_size
+        self._is_token_V = np.ones(size, bool) if tokenizer is None else tokenizer.is_token(size)
         self._last: tuple[tuple[int, ...], jax.Array | None] = ((), None)
 
     def lens(self, tokens: Sequence[int]) -> np.ndarray:
@@ -37,9 +42,8 @@ class ModelInspector:
         The first are those of the embeddings, the last the model's own.
         """
         streams_L1TD = self._look(tokens)
-        return np.asarray(lens_logits(self._model, self._params, streams_L1TD[:, :, len(tokens) - 1][:, :, None]))[
-            :, 0, 0
-        ]
+        logits = lens_logits(self._model, self._params, streams_L1TD[:, :, len(tokens) - 1][:, :, None])
+        return np.where(self._is_token_V, np.asarray(logits)[:, 0, 0], np.float32(-np.inf))
 
     def attention(self, tokens: Sequence[int], layer: int) -> np.ndarray:
         """Attention probabilities of a layer (from 0), float32 [n_head, time, keys]."""
@@ -113,7 +117,7 @@ def likeliest(scores_V: np.ndarray, count: int) -> np.ndarray:
 
 
 def choose(
-    sampling: Sampling, logits_V: np.ndarray, tokens: Sequence[int], new: int, end_of_text: int, seed: int
+    sampling: Sampling, logits_V: np.ndarray, tokens: Sequence[int], new: int, ends: int | Sequence[int], seed: int
 ) -> TokenChoice:
     """The choice that `generate` makes of the next token, in the first sample of its first prompt.
 
@@ -122,15 +126,15 @@ def choose(
       logits_V: the model's logits.
       tokens: prompt and text so far.
       new: how many of them are new.
-      end_of_text: the token that ends a text.
+      ends: the token that ends a text, or all that do.
       seed: of the draws.
 
     Raises:
       InputError: `sampling` names a token that the vocabulary has not.
     """
-    chain = sampling.chain(len(logits_V), end_of_text)
+    chain = sampling.chain(len(logits_V), ends)
     tokens_1L, lengths_1 = pack([tokens], padded_length(len(tokens)))
-    keys_1 = row_keys(seed, np.zeros((1, 2), np.int32))
+    keys_1 = row_keys(np.uint32(seed), np.zeros((1, 2), np.int32))
     logits_SV, chosen = _stages(chain, logits_V[None], tokens_1L, lengths_1, np.array([new], np.int32), keys_1)
     names = (MODEL, *(_named(sampling, name) for name in chain.used))
     return TokenChoice(names, log_softmax(logits_SV), int(chosen))

@@ -5,11 +5,13 @@ import functools
 import json
 from collections.abc import Sequence
 
+import numpy as np
+
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import InputError
 from gpt_jax.inference.debug import views
 from gpt_jax.inference.debug.choice import ModelInspector, TokenChoice, choose, likeliest
-from gpt_jax.inference.sampling import Sampling
+from gpt_jax.inference.sampling import LARGEST_SEED, Sampling
 from gpt_jax.inference.text import harmless
 
 # Name, arguments, what it does. Of several that begin alike, their first letters mean the first one.
@@ -31,7 +33,7 @@ COMMANDS = (
     ('quit', '', 'leave; so does the end of the input'),
 )
 
-LARGEST_SEED = 2**32 - 1
+DIGITS = 20  # of a number, at most
 
 Reply = list[str | views.Table | views.Picture]
 
@@ -47,7 +49,13 @@ def full_name(name: str) -> str:
 def parse_number(argument: str, name: str, least: int, most: int | None = None) -> int:
     """A whole number from `least` to `most`. Raises InputError on anything else."""
     argument = argument.strip()
-    if argument.isascii() and argument.isdigit() and least <= int(argument) and (most is None or int(argument) <= most):
+    if (
+        len(argument) < DIGITS
+        and argument.isascii()
+        and argument.isdigit()
+        and least <= int(argument)
+        and (most is None or int(argument) <= most)
+    ):
         return int(argument)
     end = 'or more' if most is None else f'to {most}'
     raise InputError(f'{name}={argument!r} must be a whole number, {least} {end}')
@@ -60,7 +68,10 @@ def parse_tokens(argument: str, tokenizer: Tokenizer) -> list[int]:
       InputError: it is empty, not JSON though it begins with quotes, or an id that the vocabulary has not.
     """
     if argument.startswith('#'):
-        return [parse_number(argument[1:], '#ID', 0, tokenizer.vocab_size - 1)]
+        token = parse_number(argument[1:], '#ID', 0, tokenizer.vocab_size - 1)
+        if not tokenizer.is_token(token + 1)[token]:
+            raise InputError(f'#{token}: no token has this id')
+        return [token]
     text = argument
     if argument.startswith('"'):
         try:
@@ -144,13 +155,22 @@ class Debugger:
       tokenizer: of its vocabulary.
       prompt: token ids; empty starts a new document, from end-of-text.
       max_new_tokens: where `run` stops.
+      ends: the tokens that end a text; none: the tokenizer's end of text.
 
     Raises:
       InputError: the prompt leaves no room in block_size, or max_new_tokens is below 1.
     """
 
-    def __init__(self, inspector: ModelInspector, tokenizer: Tokenizer, prompt: Sequence[int], max_new_tokens: int):
+    def __init__(
+        self,
+        inspector: ModelInspector,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        ends: Sequence[int] = (),
+    ):
         self._inspector, self._tokenizer = inspector, tokenizer
+        self._ends = tuple(ends) or (tokenizer.end_of_text,)
         self._prompt = tuple(prompt) or (tokenizer.end_of_text,)
         self._room = inspector.block_size - len(self._prompt)
         if max_new_tokens < 1:
@@ -183,14 +203,14 @@ class Debugger:
 
     def _make_choice(self, sampling: Sampling, seed: int, new: int, tokens: tuple[int, ...]) -> TokenChoice:
         logits_V = self._inspector.lens(tokens)[-1]
-        return choose(sampling, logits_V, tokens, new, self._tokenizer.end_of_text, seed)
+        return choose(sampling, logits_V, tokens, new, self._ends, seed)
 
     def _choice_of(self, state: SessionState) -> TokenChoice:
         return self._choice(state.sampling, state.seed, len(state.taken), self._tokens(state))
 
     def _over(self, state: SessionState) -> str | None:
         """Why no token can be taken, if none can."""
-        if state.taken and state.taken[-1].token == self._tokenizer.end_of_text:
+        if state.taken and state.taken[-1].token in self._ends:
             return 'the text has ended'
         if len(state.taken) >= self._room:
             return f'prompt and text fill block_size={self._inspector.block_size}'
@@ -251,7 +271,7 @@ class Debugger:
 
     def _pick(self, state: SessionState, argument: str) -> tuple[SessionState, Reply]:
         logprobs_V = self._choice_of(state).logprobs_SV[0]
-        wanted = parse_number(argument, 'RANK', 1, logprobs_V.size)
+        wanted = parse_number(argument, 'RANK', 1, int(np.isfinite(logprobs_V).sum()))
         state = self._take(state, int(likeliest(logprobs_V, wanted)[-1]))
         return state, self._view(state)
 

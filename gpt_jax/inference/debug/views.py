@@ -24,12 +24,20 @@ NAMED_TOKENS = 64  # of a picture; with more, the axes are numbered
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells under a header; `marked` is the row that matters most, if any does."""
+    """Rows of cells under a header.
+
+    Attributes:
+      title, header, rows: what is shown.
+      marked: the row that matters most, if any does.
+      names: how many columns, from the first on, say what a row is about; a narrow terminal shows them again before
+        each part of the others.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     marked: int | None = None
+    names: int = 1
 
 
 def show_token(tokenizer: Tokenizer, token: int) -> str:
@@ -50,7 +58,7 @@ def show_probability(value: float) -> str:
 
 def candidates(choice: TokenChoice, tokenizer: Tokenizer, count: int, title: str) -> Table:
     """The likeliest tokens before and after each filter, with the chosen one among them."""
-    tokens = [int(token) for token in likeliest(choice.logprobs_SV[0], count)]
+    tokens = [int(token) for token in likeliest(choice.logprobs_SV[0], min(count, int(choice.kept[0])))]
     if choice.chosen not in tokens:
         tokens.append(choice.chosen)
     rows = []
@@ -61,7 +69,7 @@ def candidates(choice: TokenChoice, tokenizer: Tokenizer, count: int, title: str
     rows.append(('', '', 'entropy in nats', '', *(f'{value:.3f}' for value in choice.entropies)))
     rows.append(('', '', 'tokens left', '', *(str(value) for value in choice.kept)))
     header = ('', 'rank', 'token', 'id', *choice.names)
-    return Table(title, header, tuple(rows), tokens.index(choice.chosen))
+    return Table(title, header, tuple(rows), tokens.index(choice.chosen), names=3)
 
 
 def lens(logits_LV: np.ndarray, tokenizer: Tokenizer, token: int) -> Table:
@@ -100,7 +108,7 @@ def attention_table(weights_TS: np.ndarray, tokens: Sequence[int], tokenizer: To
         shades = ''.join(SHADES[round(float(share) * (len(SHADES) - 1))] for share in shares)
         rows.append((str(place), show_token(tokenizer, tokens[place]), f'|{shades}|'))
     title = f'each token (a row) looks at those from place {first} on (columns), shaded {SHADES!r}'
-    return Table(title, ('place', 'token', ''), tuple(rows))
+    return Table(title, ('at', 'token', ''), tuple(rows))
 
 
 def _bar(weight: float) -> str:
@@ -123,7 +131,10 @@ def save_picture(picture: Picture) -> None:
     Raises:
       InputError: `path` does not end in .png, or cannot be written.
     """
-    path, labels = pathlib.Path(picture.path).expanduser(), picture.labels
+    try:
+        path, labels = pathlib.Path(picture.path).expanduser(), picture.labels
+    except RuntimeError as error:
+        raise InputError(f'{picture.path} cannot be written ({error}); name another file') from None
     if path.suffix.lower() != '.png':
         raise InputError(f'{path}: the picture is a PNG; end it in .png')
     size = 3 + 0.16 * min(len(labels), NAMED_TOKENS)
@@ -142,8 +153,5 @@ def save_picture(picture: Picture) -> None:
     figure.colorbar(image, label='probability')
     content = io.BytesIO()
     figure.savefig(content, format='png', dpi=120)
-    try:
-        with replacing(path) as file:
-            file.write(content.getvalue())
-    except OSError as error:
-        raise InputError(f'{path} cannot be written ({error.strerror}); name another file') from None
+    with replacing(path) as file:
+        file.write(content.getvalue())
