@@ -71,13 +71,16 @@ class Store:
     """The store of keys and values of all processes; the others have said already what they mean."""
 
     def __init__(self, *others):
-        self.others = [processes.json.dumps(other) for other in others]
+        self.others, self.asked = [processes.json.dumps(other) for other in others], set()
 
     def key_value_set(self, key, value):
         self.own = int(key.rpartition('/')[2]), value
 
     def blocking_key_value_get(self, key, _):
         index = int(key.rpartition('/')[2])
+        if index not in self.asked:
+            self.asked.add(index)
+            raise RuntimeError('DEADLINE_EXCEEDED: GetKeyValue() timed out')
         return self.own[1] if index == self.own[0] else self.others[index]
 
 
@@ -179,6 +182,19 @@ def last_line(process):
     lines = [line for line in errors.splitlines() if not line.startswith('waiting up to')]
     assert len(lines) == 1, errors
     return lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_that_waits_for_others(pair, number):
+    (process,) = pair([])
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(8)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert 'Traceback' not in errors
+    assert errors.count('\n') <= 2
 
 
 @pytest.mark.slow
