@@ -32,9 +32,10 @@ def main() -> int:
     flag = next((flag for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if flag.value is not None), None)
     if flag is not None and not DISTRIBUTED.value:
         raise InputError(f'--{flag.name}={flag.value} is of one of several processes: add --distributed')
-    if DISTRIBUTED.value:
-        # What jaxlib prints of a lost process is a stack of C++. Before it is imported.
-        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '4')
+    if DISTRIBUTED.value and os.environ.get('TF_CPP_MIN_LOG_LEVEL') != '0':
+        # What jaxlib prints of a lost process is a stack of C++. Before it is imported; where jax started this process,
+        # it has set 1.
+        os.environ['TF_CPP_MIN_LOG_LEVEL'] = '4'
     cli.use_compilation_cache()
     from gpt_jax.parallel import processes
 
