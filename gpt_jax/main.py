@@ -8,6 +8,7 @@ On several hosts the same command runs on each, with --distributed; jax finds th
 and the like, elsewhere name them with --coordinator, --num_processes and --process_id.
 """
 
+import contextlib
 import os
 import pathlib
 
@@ -31,20 +32,22 @@ def main() -> int:
     flag = next((flag for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if flag.value is not None), None)
     if flag is not None and not DISTRIBUTED.value:
         raise InputError(f'--{flag.name}={flag.value} is of one of several processes: add --distributed')
-    if DISTRIBUTED.value:
-        # What jaxlib prints of a lost process is a stack of C++. Before it is imported.
-        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '4')
+    if DISTRIBUTED.value and os.environ.get('TF_CPP_MIN_LOG_LEVEL') != '0':
+        # What jaxlib prints of a lost process is a stack of C++. Before it is imported; where jax started this process,
+        # it has set 1.
+        os.environ['TF_CPP_MIN_LOG_LEVEL'] = '4'
     cli.use_compilation_cache()
-    if DISTRIBUTED.value:
-        from gpt_jax.parallel import processes
+    from gpt_jax.parallel import processes
 
+    if DISTRIBUTED.value:
         processes.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     from gpt_jax.inference import sample_text
     from gpt_jax.training import prefer_overrides, train
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     workdir = WORKDIR.value or f'runs/{_config_name()}'
-    result = train(config, workdir, sample=sample_text)
+    with processes.left_at_once() if DISTRIBUTED.value else contextlib.nullcontext():
+        result = train(config, workdir, sample=sample_text)
     cli.discard_output()  # where nobody reads it any more: the run is well and ends well
     return 0 if result.signal is None else 128 + result.signal
 

@@ -6,6 +6,7 @@ with ended_together():                              # where a process is lost, t
     ...
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import itertools
@@ -16,7 +17,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 from jax._src import distributed  # for its client: the public API has no store of keys and values
@@ -29,7 +31,7 @@ CONNECT_SECONDS = 120
 # Without a heartbeat (a thread of jaxlib's gives one, whatever Python is at) a process counts as lost. What waits for
 # it ends some seconds later.
 LOST_SECONDS = 20
-SHUTDOWN_SECONDS = 20
+SHUTDOWN_SECONDS = 60  # the first process has more to do at the end than the others
 ALL_THREE = 'give --coordinator=HOST:PORT (of process 0), --num_processes and --process_id'
 LOST = 'another process of this run was lost; start all of them again, and the run goes on from its last checkpoint'
 # What collectives raise where the other side is gone: of Gloo (CPU), NCCL (GPU), and the coordination service.
@@ -61,15 +63,13 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     _end_in_one_line(
         f'not all processes were there within {CONNECT_SECONDS} s; start all of them with the same command'
     )
+    timeouts = {
+        'initialization_timeout': CONNECT_SECONDS,
+        'heartbeat_timeout_seconds': LOST_SECONDS,
+        'shutdown_timeout_seconds': SHUTDOWN_SECONDS,
+    }
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            initialization_timeout=CONNECT_SECONDS,
-            heartbeat_timeout_seconds=LOST_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-        )
+        _interruptible(lambda: jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts))
     except ValueError:
         raise InputError(f'--distributed: nothing here tells jax of the other processes; {ALL_THREE}') from None
     except RuntimeError as error:
@@ -111,11 +111,7 @@ def check_alike(values: Mapping[str, object]) -> None:
     client, call = distributed.global_state.client, next(_calls)
     index = jax.process_index()
     client.key_value_set(f'gpt_jax/alike/{call}/{index}', json.dumps(values))
-    week = 7 * 24 * 3600 * 1000  # one may prepare data for long; one that is lost ends the waiting
-    others = [
-        json.loads(client.blocking_key_value_get(f'gpt_jax/alike/{call}/{other}', week))
-        for other in range(jax.process_count())
-    ]
+    others = [json.loads(_wait_for_value(client, f'gpt_jax/alike/{call}/{n}')) for n in range(jax.process_count())]
     first = others[0]
     found = [
         f'{name}={other.get(name)} in process {number} and {first.get(name)} in process 0'
@@ -140,6 +136,39 @@ def ended_together() -> Iterator[None]:
         if jax.process_count() == 1 or isinstance(error, InputError) or not _CONNECTION.search(str(error)):
             raise
         _end(LOST)
+
+
+@contextlib.contextmanager
+def left_at_once() -> Iterator[None]:
+    """Ends this process where the block raises InputError, without waiting for the others, which then end as well."""
+    try:
+        yield
+    except InputError as error:
+        _end(str(error))
+
+
+def _interruptible(wait: Callable[[], None]) -> None:
+    """Does what waits in C++, where Python would hear of no signal; one ends the process, which holds nothing yet."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        future = executor.submit(wait)
+        try:
+            while not future.done():
+                concurrent.futures.wait([future], timeout=0.2)
+        except (KeyboardInterrupt, SystemExit):
+            number = signals.noted() or signal.SIGINT
+            signals.warn(f'{signal.Signals(number).name}: ended while waiting for the other processes\n')
+            os._exit(128 + number)
+        future.result()
+
+
+def _wait_for_value(client: Any, key: str) -> str:
+    """Of another process, which may prepare data for hours; one that is lost ends the waiting, and so does a signal."""
+    while True:
+        try:
+            return client.blocking_key_value_get(key, 1000)
+        except (RuntimeError, ValueError) as error:
+            if 'DEADLINE_EXCEEDED' not in str(error):
+                raise
 
 
 def _wait_for(coordinator: str, host: str, port: int) -> None:

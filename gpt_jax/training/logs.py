@@ -148,7 +148,7 @@ def _rows_and_damage(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
 
 def _lines(path: pathlib.Path) -> list[bytes]:
     """Of a log, with their ends; none where there is no file."""
-    if not os.path.lexists(path):
+    if not path.exists():
         return []
     return re.findall(rb'[^\n]*\n|[^\n]+', read_bytes(path, most=MOST_LOG_BYTES))
 
@@ -176,7 +176,7 @@ class MetricsLog:
     A disk that is full does not end the run: its checkpoint may still find room, and is worth more. Rows wait until
     they can be written.
 
-    Raises InputError where metrics.jsonl cannot be read or written from the start.
+    Raises InputError where metrics.jsonl cannot be read or written at the start.
     """
 
     def __init__(self, workdir: pathlib.Path, last_step: int):
@@ -260,7 +260,7 @@ class _TensorBoard:
 
     def __init__(self, folder: pathlib.Path, keep: bool):
         if folder.is_symlink() or folder.is_file():
-            folder.unlink()
+            folder.unlink()  # what a link leads to is not the run's to remove or to fill
         elif not keep:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
@@ -297,7 +297,7 @@ class SampleLog:
     Attributes:
       steps: those that have previews.
 
-    Raises InputError where samples.txt cannot be read or written from the start.
+    Raises InputError where samples.txt cannot be read or written at the start.
     """
 
     def __init__(self, workdir: pathlib.Path, last_step: int):
@@ -308,11 +308,10 @@ class SampleLog:
         self.steps = {step for step, _ in kept}
         if damaged:
             complain(f'{self._path}: {damaged} damaged block(s) left out, {len(kept)} kept')
-        if (text := b''.join(text for _, text in kept)) != b''.join(lines):
+        text = b''.join(text for _, text in kept)
+        if text != b''.join(lines) or self._path.is_symlink():
             with replacing(self._path) as file:
                 file.write(text)
-        elif self._path.is_symlink():
-            self._path.unlink()  # to where nothing is yet
 
     def write(self, step: int, previews: dict[str, Any]) -> None:
         """Adds the named previews of `step`."""

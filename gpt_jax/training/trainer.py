@@ -120,7 +120,7 @@ def train(
         path = parse(config).train.init_from
         weights = None if path is None else find_initial_weights(path, recorded)
         run = resolve(config, weights)
-        workdirs.check(workdir, run)
+        workdirs.check(workdir, run, resumed=recorded is not None)
         checkpoints = Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best)
         with checkpoints, processes.ended_together():
             trainer = Trainer(run, workdir, weights, recorded, checkpoints, sample, output)
