@@ -32,7 +32,6 @@ def verb(monkeypatch, capfd):
     """A function: verb, arguments -> exit status, output and errors; in this process, on eight devices."""
 
     def run(name, *arguments):
-        defined = set(flags.FLAGS)
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, 'argv', [name, *arguments])
         capfd.readouterr()
@@ -41,7 +40,9 @@ def verb(monkeypatch, capfd):
         except SystemExit as exit_:
             status = exit_.code or 0
         finally:
-            for flag in set(flags.FLAGS) - defined:
+            # Its own and the overrides of its experiment; libraries that it imported stay imported, with theirs.
+            by_module = flags.FLAGS.flags_by_module_dict()
+            for flag in {flag.name for module in (name, 'absl.flags._flag') for flag in by_module.get(module, ())}:
                 delattr(flags.FLAGS, flag)
             flags.FLAGS.unparse_flags()
         return status, *capfd.readouterr()
