@@ -1,8 +1,12 @@
-"""What every verb does alike: `--help`, one line for bad input, the compilation cache."""
+"""What every verb does alike: `--help`, one line for bad input, signals, output streams, the compilation cache."""
 
+import contextlib
+import errno
+import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from gpt_jax import signals
 from gpt_jax.config import FIELDS, help_text
 from gpt_jax.errors import InputError, first_line
 from gpt_jax.files import WriteError, cache_folder, check_regular, check_writable
@@ -18,12 +23,16 @@ from gpt_jax.files import WriteError, cache_folder, check_regular, check_writabl
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+# Why standard output may end: a full disk, a terminal that went away.
+LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+
 flags.disclaim_key_flags()  # what is defined here for several verbs is the flag of the verb that asked for it
 
 
 def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> None:
     """Parses the flags, calls `main`, and exits: 0 on success and after --help, 1 with one line on bad input.
 
+    Ctrl-C, SIGTERM and SIGHUP end it with 130, 143 and 129, a reader that wants no more of the output with 141.
     A verb that takes an experiment also has --help_config, which prints every key of one.
 
     Args:
@@ -31,24 +40,67 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
       doc: the verb's module docstring, printed by --help.
       key_flags: the names of the verb's flags, in the order of --help.
     """
+    _use_streams()
     try:
-        if any(argument in ('--help', '-help', '-h', '--helpfull', '--helpshort') for argument in sys.argv[1:]):
-            print(_help(doc, key_flags), flush=True)
-            sys.exit(0)
-        if 'config' in key_flags and '--help_config' in sys.argv[1:]:
-            print(help_text(), flush=True)
-            sys.exit(0)
-        _parse_flags(key_flags)
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print('interrupted; nothing was in progress that needed saving', file=sys.stderr)
-        sys.exit(130)
+        with signals.unwinding():
+            if any(argument in ('--help', '-help', '-h', '--helpfull', '--helpshort') for argument in sys.argv[1:]):
+                print(_help(doc, key_flags), flush=True)
+                sys.exit(0)
+            if 'config' in key_flags and '--help_config' in sys.argv[1:]:
+                print(help_text(), flush=True)
+                sys.exit(0)
+            _parse_flags(key_flags)
+            status = main()
+            sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output wants no more. Python would complain when it flushes once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output wants no more.
+        discard_output()
         sys.exit(141)
     except InputError as error:
         _complain(str(error))
+    except (KeyboardInterrupt, SystemExit, Exception) as error:
+        # A library may have made another error of the exception that the signal raised.
+        number = signals.noted() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+        if number is not None:
+            _say_ended(number, error)
+            sys.exit(128 + number)
+        if isinstance(error, OSError) and error.errno in LOST and error.filename is None:
+            discard_output()
+            _complain(f'the output cannot be written ({error.strerror})')
+        raise  # the end of --help, or a bug of ours
+    sys.exit(status)
+
+
+def _use_streams() -> None:
+    """Makes the standard streams such that what is printed can never fail for its characters, or for want of a stream.
+
+    A stream that the caller closed (`>&-`) is None in Python, and the next file that anybody opens takes its number:
+    what the system's libraries print would go into a checkpoint.
+    """
+    for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding='utf-8', closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            stream.reconfigure(errors='backslashreplace')
+
+
+def discard_output() -> None:
+    """Where standard output can be written to no more, has it lead nowhere: Python flushes it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say_ended(number: int, error: BaseException) -> None:
+    meanwhile = '' if isinstance(error, SystemExit | KeyboardInterrupt) else f' ({type(error).__name__} on the way)'
+    name = 'interrupted' if number == signal.SIGINT else signal.Signals(number).name
+    print(f'{name}; nothing was in progress that needed saving{meanwhile}', file=sys.stderr)
 
 
 def _parse_flags(key_flags: Sequence[str]) -> None:
@@ -59,6 +111,7 @@ def _parse_flags(key_flags: Sequence[str]) -> None:
     try:
         rest = flags.FLAGS(_without_unset_keys(sys.argv))[1:]
     except (Exception, SystemExit) as error:
+        signals.check()  # or it is of a signal
         raise InputError(_explain(error)) from None
     if rest:
         raise InputError(f'unexpected argument {rest[0]!r}; flags are written --name=value')
@@ -184,7 +237,8 @@ def _explain(error: BaseException) -> str:
 
 
 def _complain(message: str) -> None:
-    print(f'error: {" ".join(message.split())}', file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it: the status says it as well
+        print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
     sys.exit(1)
 
 

@@ -3,17 +3,20 @@
     python -m gpt_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
 
 The same command again resumes where the run stopped. configs/base.py describes every key;
---config=configs/gpt3.py:1.3b passes a config its argument. Ctrl-C and SIGTERM save and exit (130, 143). On several
-hosts the same command runs on each, with --distributed; jax finds the others by itself on TPU pods, SLURM and the like,
-elsewhere name them with --coordinator, --num_processes and --process_id.
+--config=configs/gpt3.py:1.3b passes a config its argument. Ctrl-C, SIGTERM and SIGHUP save and exit (130, 143, 129).
+On several hosts the same command runs on each, with --distributed; jax finds the others by itself on TPU pods, SLURM
+and the like, elsewhere name them with --coordinator, --num_processes and --process_id.
 """
 
+import contextlib
+import os
 import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
 from gpt_jax import cli
+from gpt_jax.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run (default: runs/<config name>)')
@@ -26,17 +29,26 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --distributed: which
 def main() -> int:
     """Trains, and returns the exit status."""
     config = cli.read_experiment(CONFIG)
+    flag = next((flag for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if flag.value is not None), None)
+    if flag is not None and not DISTRIBUTED.value:
+        raise InputError(f'--{flag.name}={flag.value} is of one of several processes: add --distributed')
+    if DISTRIBUTED.value and os.environ.get('TF_CPP_MIN_LOG_LEVEL') != '0':
+        # What jaxlib prints of a lost process is a stack of C++. Before it is imported; where jax started this process,
+        # it has set 1.
+        os.environ['TF_CPP_MIN_LOG_LEVEL'] = '4'
     cli.use_compilation_cache()
-    if DISTRIBUTED.value:
-        import jax
+    from gpt_jax.parallel import processes
 
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if DISTRIBUTED.value:
+        processes.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     from gpt_jax.inference import sample_text
     from gpt_jax.training import prefer_overrides, train
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     workdir = WORKDIR.value or f'runs/{_config_name()}'
-    result = train(config, workdir, sample=sample_text)
+    with processes.left_at_once() if DISTRIBUTED.value else contextlib.nullcontext():
+        result = train(config, workdir, sample=sample_text)
+    cli.discard_output()  # where nobody reads it any more: the run is well and ends well
     return 0 if result.signal is None else 128 + result.signal
 
 

@@ -84,8 +84,10 @@ def make_teacher_forced_preview(
         info = dict(
             zip(('positions', 'documents'), document_positions(tokens_1T[:, :-1], document_separator), strict=True)
         )
+    # A model may have more ids than the tokenizer has tokens: they stand for no text.
+    vocab_size = data.tokenizer.vocab_size
     predict = jax.jit(
-        lambda params, tokens: model.apply({'params': params}, tokens, **info).argmax(-1),
+        lambda params, tokens: model.apply({'params': params}, tokens, **info)[..., :vocab_size].argmax(-1),
         out_shardings=replicated(mesh),  # or no process could read it where parameters are split over several
         compiler_options=compiler_options(mesh),
     )

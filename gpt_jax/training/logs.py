@@ -4,27 +4,37 @@ Only the first of several processes writes and prints.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import tensorboardX
 from matplotlib.figure import Figure
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from gpt_jax.files import appending, replacing
+from gpt_jax.errors import first_line
+from gpt_jax.files import appending, read_bytes, replacing
 from gpt_jax.models import GPTConfig
 from gpt_jax.models.config import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
 
 # In place of the last step to keep in a log: a run without a checkpoint starts anew, and writes of step 0 again.
 NOTHING = -1
+MOST_LOG_BYTES = 2**31  # of metrics.jsonl and samples.txt: those of a run of millions of steps have a few hundred MB
+TENSORBOARD_SECONDS = 60  # between the writings of its file
 
 
 def model_flops_utilisation(config: GPTConfig, tokens_per_second: float) -> float | None:
@@ -68,85 +78,240 @@ class Throughput:
         return rate, waited_ms
 
 
-def read_rows(path: pathlib.Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl, up to `last_step`; a line torn by a crash ends them."""
-    if not path.exists():
-        return
-    with path.open(encoding='utf-8') as file:
-        for line in file:
+class Output:
+    """Standard output, which only shows a run: where it is gone, nothing is lost but the lines."""
+
+    def __init__(self, show: bool = True):
+        self._show = show
+
+    def line(self, text: str, write: Callable[[str], None] | None = None) -> None:
+        """Prints a line; `write` does so above a bar. Where that fails, it is said once, on standard error."""
+        if not self._show:
+            return
+        write = write or functools.partial(print, flush=True)
+        try:
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                return  # only the last line can be torn: each is written whole, in one write
-            if last_step is None or row['step'] <= last_step:
-                yield row
+                write(text)
+            except UnicodeEncodeError:
+                encoding = getattr(sys.stdout, 'encoding', None) or 'ascii'
+                write(text.encode(encoding, 'backslashreplace').decode(encoding))
+        except (OSError, ValueError) as error:  # a reader that left, a full disk; a stream that was closed
+            self._show = False
+            complain(f'standard output cannot be written to ({first_line(error)}); the run goes on without')
+
+
+def complain(message: str) -> None:
+    """Prints a line to standard error."""
+    with contextlib.suppress(OSError, ValueError):  # there is no other place left to say it
+        print(' '.join(message.split()), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """Reports an error of the block in a line on standard error, and lets the run go on.
+
+    For what only shows a run. Whatever is the matter with it, it is worth less than the steps that are still to come.
+    """
+    try:
+        yield
+    except Exception as error:
+        complain(f'{what}: {type(error).__name__}: {first_line(error)}; the run goes on without')
+
+
+# How every row of metrics.jsonl begins: where a damaged line swallowed the next one, that one is still found.
+_ROW_START = re.compile(rb'(?=\{"step": )')
+
+
+def read_rows(path: pathlib.Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl, up to `last_step`; what is damaged, or was torn by a crash, is left out.
+
+    Raises:
+      InputError: it is no regular file, or cannot be read.
+    """
+    return (row for row in _rows_and_damage(path)[0] if last_step is None or row['step'] <= last_step)
+
+
+def _rows_and_damage(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+    """All rows that are whole, and how many are not."""
+    rows, damaged = [], 0
+    for line in _lines(path):
+        intact = line.endswith(b'\n')
+        for piece in _ROW_START.split(line):
+            # What stands behind the row is not its own: the damage may be to the end of its line.
+            row = _row(piece[: piece.rfind(b'}') + 1])
+            if row is not None:
+                rows.append(row)
+            intact = intact and (row is not None or not piece.strip())
+        damaged += not intact
+    return rows, damaged
+
+
+def _lines(path: pathlib.Path) -> list[bytes]:
+    """Of a log, with their ends; none where there is no file."""
+    if not path.exists():
+        return []
+    return re.findall(rb'[^\n]*\n|[^\n]+', read_bytes(path, most=MOST_LOG_BYTES))
+
+
+def _row(text: bytes) -> dict[str, Any] | None:
+    """A row as `MetricsLog` writes it, `step` and finite numbers or nulls; None for anything else."""
+    try:
+        row = json.loads(text)  # bytes that are no UTF-8 are a ValueError as well
+        if not isinstance(row, dict) or type(row.get('step')) is not int or not 0 <= row['step'] < 2**63:
+            return None
+        numbers = [value for value in row.values() if value is not None]
+        if all(type(value) in (int, float) and math.isfinite(float(value)) for value in numbers):
+            return row
+    except (ValueError, RecursionError, OverflowError):
+        pass
+    return None
 
 
 class MetricsLog:
     """Appends rows to metrics.jsonl and TensorBoard.
 
     On opening, both are cut back to `last_step`, so that after a resume no step stands there twice. TensorBoard's
-    files cannot be cut, so they are written anew from the rows that stay.
+    files cannot be cut, so they are written anew from the rows that stay. A damaged row is left out, and said.
+
+    A disk that is full does not end the run: its checkpoint may still find room, and is worth more. Rows wait until
+    they can be written.
+
+    Raises InputError where metrics.jsonl cannot be read or written at the start.
     """
 
     def __init__(self, workdir: pathlib.Path, last_step: int):
         self.path = workdir / 'metrics.jsonl'
-        rows = list(read_rows(self.path, last_step))
+        found, damaged = _rows_and_damage(self.path)
+        rows = [row for row in found if row['step'] <= last_step]
+        if damaged:
+            complain(f'{self.path}: {damaged} damaged line(s) left out, {len(rows)} row(s) kept')
         with replacing(self.path) as file:
-            file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())
-        if (workdir / 'tensorboard').is_symlink():
-            (workdir / 'tensorboard').unlink()  # what it leads to is not the run's to remove or to fill
-        shutil.rmtree(workdir / 'tensorboard', ignore_errors=True)
-        self._tensorboard = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
+            file.write(b''.join(map(_encoded, rows)))
+        self._file = appending(self.path)
+        self._waiting = b''
+        self._failed = False
+        self._tensorboard: _TensorBoard | None = None
+        with surviving('tensorboard'):
+            # Without any row there is nothing to write them anew from: they may be all that is left of the run.
+            self._tensorboard = _TensorBoard(workdir / 'tensorboard', keep=last_step > 0 and not rows)
         for row in rows:
             self._to_tensorboard(row)
-        self._file = appending(self.path)
         self.evaluated = {row['step'] for row in rows if 'val_loss' in row}
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds a row: `step`, and any numbers; the wall-clock `time` is added to it."""
         row = row | {'time': round(time.time(), 3)}
-        self._file.write(json.dumps(row) + '\n')
-        self._file.flush()
+        self._waiting += _encoded(row)
+        self._write_waiting()
         self._to_tensorboard(row)
         if 'val_loss' in row:
             self.evaluated.add(row['step'])
 
     def sync(self) -> None:
         """Makes sure that all rows are on disk: before the checkpoint that they lead up to."""
-        os.fsync(self._file.fileno())
+        self._write_waiting()
+        with surviving(str(self.path)):
+            os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            with surviving('tensorboard'):
+                self._tensorboard.flush()
 
     def close(self) -> None:
         """Writes out what is left."""
-        self._file.close()
-        self._tensorboard.close()
+        self._write_waiting()
+        if self._waiting:
+            complain(f'{self.path}: the last {self._waiting.count(bytes([10]))} row(s) could not be written')
+        with surviving(str(self.path)):
+            self._file.close()
+        if self._tensorboard is not None:
+            with surviving('tensorboard'):
+                self._tensorboard.close()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                # It may take a part: the rest goes behind it as soon as there is room again.
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._failed:
+                complain(f'{self.path} cannot be written ({error.strerror}); its rows wait until it can')
+            self._failed = True
 
     def _to_tensorboard(self, row: dict[str, Any]) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            self._tensorboard.write(row)
+        except Exception as error:  # as in `surviving`, and then no more of it: a torn file takes no further event
+            self._tensorboard = None
+            complain(f'tensorboard: {type(error).__name__}: {first_line(error)}; the run goes on without')
+
+
+def _encoded(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row) + '\n').encode()
+
+
+class _TensorBoard:
+    """An event file of scalars, written by the caller's thread.
+
+    tensorboardX's SummaryWriter has a thread and a queue: when that thread dies of a full disk the queue fills up, and
+    the training waits for it for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: bool):
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()  # what a link leads to is not the run's to remove or to fill
+        elif not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / 'events'))
+        self._flushed = time.monotonic()
+
+    def write(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
             if name not in ('step', 'time') and value is not None:
                 group = 'validation' if name.startswith('val_') else 'train'
-                self._tensorboard.add_scalar(f'{group}/{name}', value, row['step'], walltime=row['time'])
+                summary = scalar(f'{group}/{name}', value)
+                self._writer.write_event(Event(step=row['step'], wall_time=row.get('time', 0), summary=summary))
+        if time.monotonic() - self._flushed > TENSORBOARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+# A line of samples.txt: the heading of a block; the name of a preview, or a line of its text.
+_HEADING = re.compile(rb'step (\d{1,18})\n')
+_INDENTED = re.compile(rb'  [^ \n][^\n]*:\n|    \| [^\n]*\n')
 
 
 class SampleLog:
     """samples.txt: a heading a step, previews indented below it; cut back to `last_step` on opening.
 
-    Text is indented so that nothing a model writes can look like a heading.
+    Text is indented so that nothing a model writes can look like a heading. A damaged block is left out, and said.
+
+    Attributes:
+      steps: those that have previews.
+
+    Raises InputError where samples.txt cannot be read or written at the start.
     """
 
     def __init__(self, workdir: pathlib.Path, last_step: int):
         self._path = workdir / 'samples.txt'
-        if self._path.exists():
-            kept, keep = [], True
-            for line in self._path.read_text(encoding='utf-8').splitlines(keepends=True):
-                if not line.startswith(' '):  # a heading, or what a crash left of one
-                    keep = line.endswith('\n') and int(line.split()[1]) <= last_step
-                if keep:
-                    kept.append(line)
+        lines = _lines(self._path)
+        blocks, damaged = _blocks(lines)
+        kept = [(step, text) for step, text in blocks if step <= last_step]
+        self.steps = {step for step, _ in kept}
+        if damaged:
+            complain(f'{self._path}: {damaged} damaged block(s) left out, {len(kept)} kept')
+        text = b''.join(text for _, text in kept)
+        if text != b''.join(lines) or self._path.is_symlink():
             with replacing(self._path) as file:
-                file.write(''.join(kept).encode())
-        elif self._path.is_symlink():
-            self._path.unlink()  # to where nothing is yet
+                file.write(text)
 
     def write(self, step: int, previews: dict[str, Any]) -> None:
         """Adds the named previews of `step`."""
@@ -155,26 +320,65 @@ class SampleLog:
             lines.append(f'  {name}:')
             lines += [f'    | {line}' for line in str(text).splitlines()]
         with appending(self._path) as file:
-            file.write('\n'.join(lines) + '\n')
+            file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
+        self.steps.add(step)
+
+
+@dataclasses.dataclass
+class _Block:
+    """Of samples.txt; `step` is None for lines that belong to none."""
+
+    step: int | None
+    lines: list[bytes]
+
+
+def _blocks(lines: list[bytes]) -> tuple[list[tuple[int, bytes]], int]:
+    """The blocks of a samples.txt with their steps, and how many are damaged: of these, what stands before is kept."""
+    blocks: list[_Block] = []
+    for line in lines:
+        if heading := _HEADING.fullmatch(line):
+            blocks.append(_Block(int(heading[1]), [line]))
+        elif _INDENTED.fullmatch(line) and _is_utf8(line) and blocks:
+            if line.startswith(b'  ') and line[2:3] != b' ' and line in blocks[-1].lines:
+                # No preview stands twice in a block: the heading between them lost the end of line before it.
+                swallowed = re.search(rb'step (\d{1,18})\n\Z', blocks[-1].lines[-1])
+                blocks.append(_Block(int(swallowed[1]), [swallowed[0]]) if swallowed else _Block(None, []))
+            blocks[-1].lines.append(line)
+        elif not blocks or blocks[-1].step is not None:
+            blocks.append(_Block(None, [line]))
+    if lines and lines[-1].startswith(b' ') and not lines[-1].endswith(b'\n') and len(blocks) > 1:
+        del blocks[-2]  # a crash tore its writing: the rest of it is worth nothing
+    whole = [(block.step, b''.join(block.lines)) for block in blocks if block.step is not None]
+    return whole, len(blocks) - len(whole)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class Progress:
     """The progress of steps `start`..`total`, a bar in a terminal and plain lines elsewhere; silent without `show`."""
 
-    def __init__(self, start: int, total: int, show: bool):
-        self._start, self._total, self._show = start, total, show
+    def __init__(self, start: int, total: int, show: bool, output: Output | None = None):
+        self._start, self._total = start, total
+        self._output = output or Output(show)
         self._began = time.perf_counter()
-        interactive = show and sys.stderr.isatty()
         self._rate: dict[str, str] = {}
-        self._bar = None
-        if interactive:
-            self._bar = tqdm(total=total, initial=start, unit='step', dynamic_ncols=True, file=sys.stderr)
+        self._bar: tqdm | None = None
+        if show and sys.stderr is not None and sys.stderr.isatty():
+            with self._bar_may_go():
+                self._bar = tqdm(total=total, initial=start, unit='step', dynamic_ncols=True, file=sys.stderr)
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
         """Moves the bar to `step`."""
         if self._bar is not None:
-            self._bar.set_postfix(loss=f'{loss:.3f}', lr=f'{learning_rate:.2e}', refresh=False, **self._rate)
-            self._bar.update(step - self._bar.n)
+            with self._bar_may_go():
+                self._bar.set_postfix(loss=f'{loss:.3f}', lr=f'{learning_rate:.2e}', refresh=False, **self._rate)
+                self._bar.update(step - self._bar.n)
 
     def row(self, row: dict[str, Any]) -> None:
         """Shows a logged row."""
@@ -189,17 +393,21 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
-        if not self._show:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        self._output.line(text, None if self._bar is None else functools.partial(self._bar.write, file=sys.stdout))
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
         if self._bar is not None:
-            self._bar.close()
+            with self._bar_may_go():
+                self._bar.close()
+
+    @contextlib.contextmanager
+    def _bar_may_go(self) -> Iterator[None]:
+        """Does without a bar from where its terminal is gone: there is no place to say it either."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._bar = None
 
 
 def _clock(seconds: float) -> str:
@@ -223,9 +431,11 @@ def plot_loss(workdir: pathlib.Path) -> None:
         axes.plot(*zip(*validation, strict=True), color='tab:orange', marker='o', markersize=4, label=label)
     axes.set_xlabel('step')
     axes.set_ylabel('loss, nats per token')
-    axes.set_title(workdir.name)
+    # A name is no formula, may hold bytes that are no text, and letters that the font has no shape for.
+    axes.set_title(workdir.name.encode(errors='replace').decode(), parse_math=False)
     axes.grid(alpha=0.3)
     if training or validation:
         axes.legend()
-    with replacing(workdir / 'loss.png') as file:
+    with replacing(workdir / 'loss.png') as file, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')
         figure.savefig(file, format='png', dpi=120)

@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
-from gpt_jax.config import MOST_STEPS, OptimizerConfig, RunConfig
+from gpt_jax.config import LENGTHS, MOST_STEPS, OptimizerConfig, RunConfig
 from gpt_jax.errors import InputError
 from gpt_jax.parallel.sharding import path_name
 
@@ -62,6 +63,65 @@ def lengths(run: RunConfig, windows_per_epoch: int) -> Lengths:
             'shorten it (schedule.warmup_steps) or lengthen the run'
         )
     return Lengths(total, min(warmup, decay - 1), decay)
+
+
+def resumed_lengths(
+    run: RunConfig, new: Lengths, run_before: RunConfig, before: Lengths, step: int
+) -> tuple[Lengths, bool]:
+    """The lengths of a run that goes on after `step` steps, and whether its schedule is another one from there on.
+
+    A decay that no key gives stays where it was, whatever the run's length is now. What a key of the schedule changes
+    must lie ahead: no step that was taken would have had another rate, or the decay has ended, after which there is no
+    more to the schedule that was. Then the rates from `step` on are those of the new keys, counted from step 0.
+
+    Args:
+      run, new: the experiment as it is now, and its `lengths`.
+      run_before, before: as the checkpoint records them.
+      step: steps taken.
+
+    Raises:
+      InputError: keys of the schedule differ, and with them rates of steps that were taken.
+    """
+    keys, keys_before = (dataclasses.asdict(config.schedule) for config in (run, run_before))
+    kept = dataclasses.replace(before, total=new.total)
+    if keys == keys_before:
+        return kept, False
+    gives_decay = any(keys[name] is not None for name in LENGTHS['schedule', 'decay'])
+    new = new if gives_decay else dataclasses.replace(new, decay=before.decay)
+    steps = np.arange(step)
+    rates, rates_before = (
+        np.broadcast_to(make_schedule(*parts)(steps), steps.shape) for parts in ((run, new), (run_before, before))
+    )
+    if np.array_equal(rates, rates_before):
+        return new, False
+    if step >= before.decay and new.warmup == before.warmup:
+        return new, True
+    changes = [
+        f'schedule.{name}: {keys_before[name]} -> {keys[name]}' for name in keys if keys[name] != keys_before[name]
+    ]
+    taken = int(np.argmax(rates != rates_before)) + 1
+    raise InputError(
+        f'{"; ".join(changes)}: step {taken} of the {step} that were taken would have had another learning rate; give '
+        f'these keys their old values until the decay has ended, at step {before.decay}, or choose another --workdir'
+    )
+
+
+def check_rates(run: RunConfig, lengths: Lengths, step: int) -> str | None:
+    """What to say of steps after `step` whose learning rate is 0, which change nothing; None where there are none.
+
+    Raises:
+      InputError: they are all that is left.
+    """
+    first = max(step, lengths.decay)
+    if first >= lengths.total or run.schedule.final_fraction > 0:
+        return None
+    ended = f'the learning rate is 0 since the decay ended at step {lengths.decay} (schedule.final_fraction=0.0)'
+    way_out = f'--config.schedule.decay_steps={lengths.total}'
+    if first == step:
+        raise InputError(f'steps {step + 1} to {lengths.total} would learn nothing: {ended}; add {way_out} to go on')
+    later = f'once step {lengths.decay} is reached, ' if step else ''
+    ended = ended.replace('is 0 since the decay ended', 'is 0 once the decay ends')
+    return f'notice: steps {first + 1} to {lengths.total} will learn nothing: {ended}; {later}{way_out} changes that'
 
 
 def make_schedule(config: RunConfig, lengths: Lengths) -> optax.Schedule:

@@ -6,6 +6,7 @@ from typing import Any, Self
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh
@@ -102,7 +103,12 @@ def init_state(
 
 
 def _init_params(model: GPT, seed: int) -> Any:
-    return model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))['params']
+    return model.init(_key(seed), jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def _key(seed: int) -> jax.Array:
+    """Of a seed below 2**32; as uint32 none of them is out of the range of jax's default int32."""
+    return jax.random.key(np.uint32(seed))
 
 
 def _state_before_step_0(model: GPT, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
@@ -134,7 +140,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with activate(mesh):
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            key = jax.random.fold_in(_key(seed), state.step)
             rows_B = jnp.arange(batch['tokens'].shape[0])
             loss, gradients, finite, loss_scale = _gradients(
                 model, state, batch | {'rows': rows_B}, accumulation_steps, key

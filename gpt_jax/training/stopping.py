@@ -1,8 +1,7 @@
-"""Ctrl-C and SIGTERM during training: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM and SIGHUP during training: finish the step, save, leave."""
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Self
@@ -11,9 +10,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gpt_jax import signals
+
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM are noted instead of ending the process; a second one ends it at once.
+    """While entered, SIGINT, SIGTERM and SIGHUP are noted instead of ending the process; a second one ends it at once.
 
     Only the main thread may take signals; elsewhere (some notebooks) nothing is changed. jax and orbax handle SIGTERM
     where jax.distributed is initialised, and then alone, so one process needs this handler of its own.
@@ -28,8 +29,13 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in signals.numbers():
                 self._previous[number] = signal.signal(number, self._note)
+            try:
+                signals.check()  # one that came while the run started, and was lost
+            except BaseException:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,11 +45,10 @@ class StopRequest:
     def _note(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.signal is not None:
-            os.write(sys.stderr.fileno(), f'\n{name} again: stopping at once, nothing more is saved\n'.encode())
+            signals.warn(f'\n{name} again: stopping at once, nothing more is saved\n')
             os._exit(128 + number)
         self.signal = number
-        # Not print: a handler may interrupt another print in the middle.
-        os.write(sys.stderr.fileno(), f'\n{name}: saving after this step (once more: stop at once)\n'.encode())
+        signals.warn(f'\n{name}: saving after this step (once more: stop at once)\n')
 
     def agreed(self) -> int | None:
         """The signal that any process received; called by all of them at the same step."""

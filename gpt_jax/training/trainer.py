@@ -16,24 +16,34 @@ from typing import Any, Protocol
 import jax
 
 from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, load, recover
-from gpt_jax.config import RunConfig, as_record, parse
+from gpt_jax.checkpoints.finding import describe_save
+from gpt_jax.config import RunConfig, as_dict, as_record, parse, read_record
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, attention_kernels
-from gpt_jax.parallel import global_batch, make_mesh, tree_shardings
+from gpt_jax.parallel import global_batch, make_mesh, processes, tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
 from gpt_jax.training.logs import (
     NOTHING,
     MetricsLog,
+    Output,
     Progress,
     SampleLog,
     Throughput,
     model_flops_utilisation,
     plot_loss,
     read_rows,
+    surviving,
 )
-from gpt_jax.training.optimizer import lengths, make_optimizer, make_schedule
+from gpt_jax.training.optimizer import (
+    Lengths,
+    check_rates,
+    lengths,
+    make_optimizer,
+    make_schedule,
+    resumed_lengths,
+)
 from gpt_jax.training.recipe import find_initial_weights, model_config, resolve
 from gpt_jax.training.step import (
     Batch,
@@ -103,14 +113,17 @@ def train(
     Raises:
       InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
     """
-    with workdirs.locked(workdir) as workdir:
-        recorded = recover(workdir / 'checkpoints', say)
+    processes.check_alike(_own(parse(config), workdir))
+    output = Output(jax.process_index() == 0)
+    with workdirs.locked(workdir) as workdir, processes.ended_together():
+        recorded = recover(workdir / 'checkpoints', output.line)
         path = parse(config).train.init_from
         weights = None if path is None else find_initial_weights(path, recorded)
         run = resolve(config, weights)
-        workdirs.check(workdir, run)
-        with Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best) as checkpoints:
-            trainer = Trainer(run, workdir, weights, recorded, checkpoints, sample)
+        workdirs.check(workdir, run, resumed=recorded is not None)
+        checkpoints = Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best)
+        with checkpoints, processes.ended_together():
+            trainer = Trainer(run, workdir, weights, recorded, checkpoints, sample, output)
             if trainer.is_finished():
                 trainer.say(f'finished already, at step {trainer.start}; nothing to do. {trainer.how_to_generate()}')
                 val_loss = recorded.get('val_loss')
@@ -152,6 +165,7 @@ class Trainer:
         recorded: dict[str, Any] | None,
         checkpoints: Checkpoints,
         sample: Sampler | None,
+        output: Output,
     ):
         """Builds the parts, those of a resumed run held against its checkpoint.
 
@@ -162,12 +176,13 @@ class Trainer:
           recorded: the `describe()` of the checkpoint that the run goes on from, if any.
           checkpoints: those of the workdir.
           sample: writes the sampled previews.
+          output: where the run says what it does.
 
         Raises:
           InputError: the batch does not fit the mesh, the data cannot be had or are not those of the checkpoint, ...
         """
         self._run, self._workdir, self._weights = run, workdir, weights
-        self._checkpoints, self._sample = checkpoints, sample
+        self._checkpoints, self._sample, self._output = checkpoints, sample, output
         self._is_first_process = jax.process_index() == 0
         self.start = recorded['step'] if recorded else 0
         # What the first weights were, for the description of checkpoints.
@@ -176,13 +191,21 @@ class Trainer:
         check_mesh(run, self.mesh.shape)
         check_memory(run, model_config(run, run.model.vocab_size or 1), self.mesh)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
+        alike = {
+            'data': self.data.fingerprint,
+            'tokenizer': self.data.tokenizer.fingerprint,
+            'resuming from': self.start,
+        }
+        processes.check_alike(alike)
         if recorded is not None:
             _check_same_data(self.data, recorded, workdir)
         self.lengths = lengths(run, sum((len(source.tokens) - 1) // run.model.block_size for source in self.data.train))
+        # The schedules that earlier steps followed, each with the step at which another took its place.
+        self._earlier_schedules = list((recorded or {}).get('earlier_schedules', ()))
         if recorded is not None:
-            # A run whose length is changed keeps the schedule it began with.
-            kept = {name: recorded['lengths'][name] for name in ('warmup', 'decay')}
-            self.lengths = dataclasses.replace(self.lengths, **kept)
+            self._go_on_with_lengths(recorded)
+        if self.start < self.lengths.total and (notice := check_rates(run, self.lengths, self.start)):
+            self.say(notice)
         self.schedule = make_schedule(run, self.lengths)
         self.optimizer = make_optimizer(run.optimizer, self.schedule)
         self.model = GPT(model_config(run, self.data.tokenizer.vocab_size))
@@ -191,6 +214,23 @@ class Trainer:
         self.val_loss: float | None = None
         self._tokens_per_step = run.train.batch_size * run.model.block_size
         self._separator = self.data.tokenizer.end_of_text if run.data.mask_documents else None
+
+    def _go_on_with_lengths(self, recorded: dict[str, Any]) -> None:
+        """Sets the lengths of a resumed run, whose schedule goes on or is replaced from here on.
+
+        Raises:
+          InputError: the schedule of steps that were taken is another one.
+        """
+        run_before = read_record(recorded['config'], 'the checkpoint of this run')
+        before = Lengths(**recorded['lengths'])
+        self.lengths, is_new = resumed_lengths(self._run, self.lengths, run_before, before, self.start)
+        if is_new and self.start < self.lengths.total:
+            ended = {'until': self.start, 'warmup': before.warmup, 'decay': before.decay}
+            self._earlier_schedules.append(ended | {'final_fraction': run_before.schedule.final_fraction})
+            self.say(
+                f'schedule: another one from step {self.start + 1} on, its decay ends at step {self.lengths.decay}; '
+                f'that of the steps before ended at step {before.decay}'
+            )
 
     def is_finished(self) -> bool:
         """Whether all steps are taken, and what follows the last one is done."""
@@ -259,7 +299,7 @@ class Trainer:
         last_step = self.start or NOTHING
         self._metrics = MetricsLog(self._workdir, last_step) if self._is_first_process else None
         self._samples = SampleLog(self._workdir, last_step) if self._is_first_process else None
-        self._progress = Progress(self.start, self.total, self._is_first_process)
+        self._progress = Progress(self.start, self.total, self._is_first_process, self._output)
         self._throughput = Throughput()
         try:
             yield
@@ -267,7 +307,8 @@ class Trainer:
             self._progress.close()
             if self._metrics is not None:
                 self._metrics.close()
-                plot_loss(self._workdir)
+                with surviving('loss.png'):
+                    plot_loss(self._workdir)
 
     def take_steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         """All steps that are left, and what is due before, between and after them; the last step and its state."""
@@ -352,15 +393,19 @@ class Trainer:
     def _stops_before_the_first_step(self, state: TrainState, stop: StopRequest) -> bool:
         """Does what is due before any step is taken; returns whether a signal came meanwhile.
 
-        A resumed run makes up for an evaluation that it was stopped in. A new one shows what the weights of another
-        checkpoint are worth; their loss is not held against later ones, since they are saved elsewhere already.
+        A resumed run makes up for an evaluation that it was stopped in, and for a preview that was lost after its
+        step was saved. A new one shows what the weights of another checkpoint are worth; their loss is not held
+        against later ones, since they are saved elsewhere already.
         """
         if self.start:
-            missing = self._due(self.start, 'eval') and self._metrics and self.start not in self._metrics.evaluated
-            # Several processes never break an evaluation off.
-            if not missing or jax.process_count() > 1:
+            # Several processes never break an evaluation off, and only the first would know that a preview is lost.
+            if jax.process_count() > 1:
                 return False
-            return self._follow_up(self.start, state, stop, stopped=False)
+            if self._due(self.start, 'eval') and self.start not in self._metrics.evaluated:
+                return self._follow_up(self.start, state, stop, stopped=False)
+            if self._due(self.start, 'preview') and self.start not in self._samples.steps:
+                self._preview(self.start, state)
+            return False
         if self._weights is None:
             return False
         if self._due(0, 'eval') and self._evaluate(0, state, stop) is None:
@@ -370,22 +415,35 @@ class Trainer:
         return False
 
     def _follow_up(self, step: int, state: TrainState, stop: StopRequest, stopped: bool) -> bool:
-        """Does what is due after `step`, and saves where the run is to stop; returns whether it is."""
+        """Does what is due after `step`, and saves where the run is to stop; returns whether it is.
+
+        It is saved as soon as it is known whether it is the best, and before anything that only shows it.
+        """
         val_loss, is_best = None, False
         if self._due(step, 'eval'):
-            val_loss = self._evaluate(step, state, stop)
+            try:
+                val_loss = self._evaluate(step, state, stop)
+            except InputError:
+                raise  # it is not finite: nothing of this step is to be kept
+            except Exception:
+                # Most often for want of memory, in a batch larger than training's: not the steps' fault.
+                self._save(step, state, None)
+                raise
             # An evaluation that was broken off is made up for on resume, so nothing may come after this step.
             stopped = stopped or val_loss is None
             if val_loss is not None and (self._best_loss is None or val_loss < self._best_loss):
                 self._best_loss = val_loss
                 is_best = self._run.checkpoint.keep_best > 0
+        if stopped or is_best or self._due(step, 'checkpoint'):
+            self._save(step, state, val_loss)
         if self._due(step, 'preview') and not (self._due(step, 'eval') and val_loss is None):
             self._preview(step, state)
-        if stopped or is_best or self._due(step, 'checkpoint'):
-            if self._metrics is not None:
-                self._metrics.sync()
-            self._checkpoints.save(step, state.params, state.optimizer, self.describe(), val_loss)
         return stopped
+
+    def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
+        if self._metrics is not None:
+            self._metrics.sync()
+        self._checkpoints.save(step, state.params, state.optimizer, self.describe(), val_loss)
 
     def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> float | None:
         """The validation loss, logged; None where a signal broke the evaluation off."""
@@ -419,16 +477,22 @@ class Trainer:
         return self.val_loss
 
     def _preview(self, step: int, state: TrainState) -> None:
-        previews = self._teacher_forced(state.params)
+        previews = {}
+        with surviving(f'preview of step {step}'):
+            previews |= self._teacher_forced(state.params)
         if self._sample is not None:
             asked = dataclasses.asdict(self._run.preview)
             del asked['every_steps']
-            sampled = self._sample(self.model, state.params, self.data.tokenizer, seed=self._run.train.seed, **asked)
-            previews['sampled'] = sampled
-            if step == self.total:
-                self._progress.line(f'sample:\n{sampled}')
-        if self._samples is not None:
-            self._samples.write(step, previews)
+            with surviving(f'sampled preview of step {step}'):
+                sampled = self._sample(
+                    self.model, state.params, self.data.tokenizer, seed=self._run.train.seed, **asked
+                )
+                previews['sampled'] = sampled
+                if step == self.total:
+                    self._progress.line(f'sample:\n{sampled}')
+        if self._samples is not None and previews:
+            with surviving('samples.txt'):
+                self._samples.write(step, previews)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to use the model, and to know how to go on with the run."""
@@ -439,12 +503,13 @@ class Trainer:
             'tokenizer_fingerprint': self.data.tokenizer.fingerprint,
             'data_fingerprint': self.data.fingerprint,
             'lengths': dataclasses.asdict(self.lengths),
+            'earlier_schedules': self._earlier_schedules,
             'init_from': self._init_from,
         }
 
     def say(self, line: str) -> None:
         """Prints a line, in the first of several processes."""
-        say(line)
+        self._output.line(line)
 
     def how_to_generate(self) -> str:
         """The command that makes text from this run."""
@@ -473,10 +538,20 @@ class Trainer:
         )
 
 
-def say(line: str) -> None:
-    """Prints a line, in the first of several processes."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
+# Where a process finds its data: hosts may have them in different places.
+_OF_A_HOST = ('data.path', 'data.cache_dir', 'data.num_workers')
+
+
+def _own(given: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by name."""
+    keys = {f'{section}.{name}': value for section, keys in as_dict(given).items() for name, value in keys.items()}
+    versions = {f'version of {name}': version for name, version in describe_save(0)['versions'].items()}
+    return {
+        **{name: value for name, value in keys.items() if name not in _OF_A_HOST},
+        'workdir': str(workdir),
+        'devices of each process': jax.local_device_count(),
+        **versions,
+    }
 
 
 def _check_same_data(data: TrainingData, recorded: dict[str, Any], workdir: pathlib.Path) -> None:

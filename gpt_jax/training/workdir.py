@@ -28,8 +28,11 @@ FILES = ('config.json', 'tokenizer.json', 'metrics.jsonl', 'samples.txt', 'loss.
 FOLDERS = ('checkpoints', 'tensorboard')
 
 
-def check(workdir: pathlib.Path, run: RunConfig) -> None:
+def check(workdir: pathlib.Path, run: RunConfig, resumed: bool = False) -> None:
     """Lets a run into its folder.
+
+    Where it is `resumed` from a checkpoint, keys of the schedule are left to `optimizer.resumed_lengths`: what counts
+    is the rates of the steps that were taken.
 
     Raises:
       InputError: the folder holds a run whose config differs in more than a resumed run may change.
@@ -43,7 +46,10 @@ def check(workdir: pathlib.Path, run: RunConfig) -> None:
         raise InputError(f'{error}; choose another --workdir, or restore that file') from None
     if not isinstance(recorded, dict):
         raise InputError(f'{path} holds no experiment; choose another --workdir, or restore that file')
-    if lines := differing_keys(recorded, run, str(path)):
+    lines = differing_keys(recorded, run, str(path))
+    if resumed:
+        lines = [line for line in lines if not line.startswith('schedule.')]
+    if lines:
         raise InputError(
             f'--workdir={workdir} holds a run of another config ({"; ".join(lines)}); '
             'choose another --workdir or give these keys their old values'

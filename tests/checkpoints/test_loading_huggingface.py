@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import jax
 import numpy as np
@@ -298,3 +299,25 @@ def test_any_damage_to_any_file_loads_or_is_one_line(small, tmp_path, examples):
         check_that_it_loads_or_is_one_line(tmp_path / 'hf', small | {name: data[:at] + put_in + data[at + cut_out :]})
 
     change()
+
+
+@pytest.mark.parametrize('way', ['in', 'out'])
+def test_a_full_disk_leaves_nothing_of_what_was_to_be_made(tiny_gpt2, tmp_path, way, capfd):
+    """A limit of a file's size stands for a full disk."""
+    checkpoints.import_huggingface(tiny_gpt2, tmp_path / 'checkpoint')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    convert, source = (
+        (checkpoints.import_huggingface, tiny_gpt2)
+        if way == 'in'
+        else (checkpoints.export_huggingface, tmp_path / 'checkpoint')
+    )
+    capfd.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        with pytest.raises(InputError, match=r'new cannot be written \(File too large\); free some space') as error:
+            convert(source, tmp_path / 'new')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert '\n' not in str(error.value)
+    assert capfd.readouterr().err == ''
+    assert [path.name for path in tmp_path.iterdir()] == ['checkpoint']

@@ -4,10 +4,12 @@ Real processes, since only these can be killed. A pipe holds 4 kB here, some 60 
 get further ahead of its reader than that, so signals arrive in time without anyone waiting for a clock.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import subprocess
@@ -62,6 +64,12 @@ class Process:
             if re.search(pattern, line.decode()):
                 return self
         pytest.fail(f'no line matches {pattern!r}:\n{self.output}\n{self._process.stderr.read().decode()}')
+
+    def run_for(self, seconds):
+        """Lets it run, without reading what it prints."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self
 
     def end(self, signal_number=None):
         """Sends the signal, if any, and reads to the end."""
@@ -171,3 +179,15 @@ def test_ctrl_c_while_a_run_starts_exits_130_without_a_traceback(config, undistu
     process = Process(config, config.parent / 'starting').wait_for('^data: ').end(signal.SIGINT)
     assert process.status == 130, process.errors
     assert 'Traceback' not in process.errors
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+def test_a_signal_at_any_moment_of_the_start_ends_the_run(config, undisturbed, tmp_path, name):
+    number, moments = getattr(signal, name), random.Random(name)
+    for index in range(7):
+        # Not earlier: Python itself is starting then, and none of our code has run.
+        process = Process(config, tmp_path / str(index)).run_for(moments.uniform(0.3, 3.5)).end(number)
+        assert process.status == 128 + number, process.errors
+        assert 'Traceback' not in process.errors
+        assert 'ignored' not in process.errors
+        assert not list(tmp_path.glob('*/.*')), 'the lock, or a temporary file'

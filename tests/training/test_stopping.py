@@ -9,7 +9,7 @@ import pytest
 from gpt_jax.training.stopping import StopRequest
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_noted_and_said_and_ends_nothing(number, capfd):
     with StopRequest() as stop:
         assert stop.agreed() is None
@@ -39,7 +39,9 @@ def test_in_another_thread_nothing_is_changed():
     assert seen == [before, None]
 
 
-@pytest.mark.parametrize(('first', 'second', 'status'), [('SIGINT', 'SIGINT', 130), ('SIGINT', 'SIGTERM', 143)])
+@pytest.mark.parametrize(
+    ('first', 'second', 'status'), [('SIGINT', 'SIGINT', 130), ('SIGINT', 'SIGTERM', 143), ('SIGTERM', 'SIGHUP', 129)]
+)
 def test_a_second_signal_ends_the_process_at_once(first, second, status):
     code = (
         'import signal\n'

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import grain  # noqa: F401 - its flags are not the verb's, which are taken away again after each test
 import pytest
 
 from gpt_jax.config import help_text
@@ -101,6 +102,10 @@ def test_the_workdir_is_by_default_named_after_the_config(verb, config, monkeypa
         (['CONFIG', '--config.train.steps=three'], 'three'),
         (['CONFIG', '--config.train.steps=1.5'], '1.5'),
         (['CONFIG', '--num_processes=many'], 'many'),
+        (['CONFIG', '--num_processes=2'], '--num_processes=2 is of one of several processes: add --distributed'),
+        (['CONFIG', '--process_id=0'], '--process_id=0 is of one of several processes: add --distributed'),
+        (['CONFIG', '--coordinator=a:1'], '--coordinator=a:1 is of one of several processes: add --distributed'),
+        (['CONFIG', '--distributed', '--num_processes=0'], '--num_processes=0 must be at least 1'),
         (['CONFIG', '--config.model.d_model=33'], 'model.d_model=33 is not divisible by model.n_head=2'),
         (['CONFIG', '--config.train.batch_size=12'], 'train.batch_size=12 in 1 micro-batches of 12 is not divisible'),
         (['CONFIG', '--config.train.accumulation_steps=3'], 'is not divisible by train.accumulation_steps=3'),
