@@ -168,7 +168,7 @@ class DataConfig(_Section):
     corpus: str = key('python_docs', "a name (docs/DATA.md lists them), or 'hub:REPO[@REVISION][:CONFIG]'")
     # A file may move: the fingerprint of the corpus says whether its text is the same.
     path: str | None = key(
-        None, "local .txt, .jsonl[.gz, .zst] or .parquet, also '*.txt', in place of the corpus", resume=True
+        None, "local text, JSON lines[.gz, .zst], .json or .parquet, also '*.txt', in place of the corpus", resume=True
     )
     mixture: str | None = key(None, "several, with weights, in place of the corpus: 'python_docs:0.7,notes.txt:0.3'")
     column: str = key('text', 'of parquet and JSON lines: where the text stands')

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -12,8 +13,9 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import Any, BinaryIO, NoReturn
 
 import platformdirs
 
@@ -210,8 +212,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def appending(path: str | os.PathLike) -> TextIO:
-    """A text file (UTF-8) to add lines to, made where it is missing; never through a link, nor to anything but a file.
+def appending(path: str | os.PathLike) -> io.FileIO:
+    """An unbuffered file to add bytes to, made where it is missing; never through a link, nor to anything but a file.
 
     Raises:
       WriteError: it cannot be opened so.
@@ -221,10 +223,16 @@ def appending(path: str | os.PathLike) -> TextIO:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         raise _write_error(path, error, f'move it away: {path} is to be a file of its own') from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise _write_error(path, OSError(errno.EINVAL, 'it is no regular file'), 'move it away')
-    return os.fdopen(descriptor, 'a', encoding='utf-8')
+    if status.st_nlink > 1:  # the same file has another name, in a backup or of somebody else: that one stays as it is
+        os.close(descriptor)
+        with open(path, 'rb') as shared, replacing(path) as own:
+            shutil.copyfileobj(shared, own)
+        return appending(path)
+    return io.FileIO(descriptor, 'a')
 
 
 def remove_leftovers(paths: Iterable[pathlib.Path]) -> None:
@@ -268,7 +276,16 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             raise
         raise WriteError(path, cause) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+    """Removes `folder`, as far as that is possible, also where threads of a library are still writing to it."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
+        time.sleep(0.05)
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:

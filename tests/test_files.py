@@ -235,7 +235,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
 def test_lines_are_added_to_a_file_of_its_own_alone(tmp_path):
     for line in ('é\n', 'two\n'):
         with appending(tmp_path / 'file') as file:
-            file.write(line)
+            file.write(line.encode())
     assert (tmp_path / 'file').read_text(encoding='utf-8') == 'é\ntwo\n'
     (tmp_path / 'link').symlink_to(tmp_path / 'file')
     (tmp_path / 'nowhere').symlink_to(tmp_path / 'new')
@@ -245,6 +245,11 @@ def test_lines_are_added_to_a_file_of_its_own_alone(tmp_path):
         with pytest.raises(WriteError, match=rf'{name} cannot be written \(.*move it away'):
             appending(tmp_path / name)
     assert not (tmp_path / 'new').exists()
+    os.link(tmp_path / 'file', tmp_path / 'backup')
+    with appending(tmp_path / 'file') as file:
+        file.write(b'three\n')
+    assert (tmp_path / 'file').read_text(encoding='utf-8') == 'é\ntwo\nthree\n'
+    assert (tmp_path / 'backup').read_text(encoding='utf-8') == 'é\ntwo\n'
 
 
 @pytest.mark.parametrize('name', ['ü' * 127, 'a' * 255, '[x]*?'])

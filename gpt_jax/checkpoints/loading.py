@@ -304,9 +304,12 @@ def import_huggingface(source: str | os.PathLike, target: str | os.PathLike, mes
         params_handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9)
         handler = ocp.CompositeCheckpointHandler(params=params_handler, meta=ocp.JsonCheckpointHandler())
         items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
-        # orbax puts a folder of its own in the place of this one, whose name is a plain one.
-        with orbax_path(folder.parent) as parent, ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(parent / folder.name, args=ocp.args.Composite(**items), force=True)
+        # orbax makes temporary folders beside the one that it is given: inside of ours they go where it fails.
+        with orbax_path(folder) as path, ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path / 'saved', args=ocp.args.Composite(**items))
+        for path in (folder / 'saved').iterdir():
+            path.rename(folder / path.name)
+        (folder / 'saved').rmdir()
         verifying.write(folder)
 
 

@@ -40,7 +40,7 @@ from gpt_jax.checkpoints.finding import (
 )
 from gpt_jax.checkpoints.loading import check_tree, leaf_name, orbax_path, read_items
 from gpt_jax.errors import InputError
-from gpt_jax.files import WriteError, system_error
+from gpt_jax.files import WriteError, remove_folder, system_error
 
 REMOVED = '.removed'
 SAVING = 'saving'
@@ -61,7 +61,10 @@ def recover(folder: str | os.PathLike, say: Callable[[str], None] = print) -> di
       InputError: there is none but damaged ones, a newer gpt_jax wrote it, or something else has the name of a step.
     """
     link, damaged = pathlib.Path(folder).expanduser(), {}
-    folder = link.resolve()
+    try:
+        folder = link.resolve()
+    except (OSError, RuntimeError):
+        raise InputError(f'{link} is a link in a loop; remove it') from None
     verifying.raise_together(
         _in_the_way(folder, link if link.is_symlink() else None),
         lambda process: InputError(f'{folder}: see the message of process {process}'),
@@ -94,7 +97,7 @@ def _in_the_way(folder: pathlib.Path, link: pathlib.Path | None) -> InputError |
     A `link` may lead to storage for checkpoints elsewhere. One that leads to anything else somebody may have planted.
     """
     if not os.path.lexists(folder):
-        return None
+        return link and InputError(f'{link} leads to {folder}, where nothing is; make that folder, or remove the link')
     try:
         paths = list(folder.iterdir())
     except OSError as error:
@@ -286,8 +289,8 @@ class Checkpoints:
                         raise
                 if self._failed and jax.process_index() == 0:
                     # Now, since the disk may be full of it; what cannot be removed, the next run will.
-                    with contextlib.suppress(OSError):
-                        self._remove_leftovers()
+                    for path in self.folder.glob(f'{SAVING}_*'):
+                        remove_folder(path)
 
     def _open(self) -> ocp.CheckpointManager:
         if self._orbax is None:

@@ -34,12 +34,12 @@ ENDLESS = 2**62  # where a compressed file ends is not known before it was read
 BOM = codecs.BOM_UTF8
 COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
 MAGICS = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd'}
-LINES = ('.jsonl', '.ndjson', '.jsonlines')  # a name that ends so promises JSON lines; .json promises less
+LINES = ('.jsonl', '.ndjson', '.jsonlines', '.ldjson')  # a name that ends so promises JSON lines; .json promises less
 # No text begins so, or hardly any: what it is then, which is more than "not UTF-8" says.
 NO_TEXT = {
     b'%PDF-': 'PDF',
     b'PK\x03\x04': 'a zip archive, as .docx, .xlsx and .npz are',
-    b'BZh91AY&SY': 'compressed by bzip2',
+    **{b'BZh%d1AY&SY' % level: 'compressed by bzip2' for level in range(1, 10)},
     b'\xfd7zXZ\x00': 'compressed by xz',
     b'\x04"M\x18': 'compressed by lz4',
     b'7z\xbc\xaf\x27\x1c': 'a 7-zip archive',
@@ -339,38 +339,44 @@ def parquet_rows(path: pathlib.Path, column: str, share: tuple[int, int], decode
             if names.count(column) != 1:
                 what = 'no such column, only' if column not in names else 'several columns of that name among'
                 raise InputError(f'data.column={column}: {path} has {what} {", ".join(names)}')
+            check_text_type(file.schema_arrow.field(column).type, column, str(path))
             number, shares = share
             count = file.num_row_groups
             groups = list(range(number * count // shares, (number + 1) * count // shares))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column]) if groups else ():
-                for data in text_bytes(batch.column(0), column, str(path)):
+                for data in text_bytes(batch.column(0)):
                     if data:
                         yield decoder.text(data, f'a row of {path}')
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f'{path}: not a parquet file, or damaged ({first_line(error)}); replace it') from None
 
 
-def text_bytes(array: Any, column: str, where: str) -> list[bytes | None]:
-    """A `pyarrow.Array` of text of whatever type, as UTF-8; None where there is none.
+def check_text_type(type_: Any, column: str, where: str) -> None:
+    """Raises InputError, naming `column` and `where` it is, where a `pyarrow.DataType` is none of text.
 
-    As bytes, since pyarrow takes a writer's word that they are UTF-8. A column of bytes is taken to hold text, too:
-    who decodes them sees whether they do.
-
-    Raises InputError, naming `column` and `where` it is, on any other type.
+    A column of bytes is taken to hold text, too: who decodes them sees whether they do.
     """
     import pyarrow
     from pyarrow import types
 
-    whole = array.type
-    if isinstance(array, pyarrow.ExtensionArray):  # such as JSON's
+    plain = type_.storage_type if isinstance(type_, pyarrow.BaseExtensionType) else type_  # such as JSON's
+    plain = plain.value_type if types.is_dictionary(plain) else plain
+    of_text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    of_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    if not any(is_(plain) for is_ in (*of_text, *of_bytes)):
+        raise InputError(f'data.column={column}: of type {type_} in {where}, not text; name another column')
+
+
+def text_bytes(array: Any) -> list[bytes | None]:
+    """A `pyarrow.Array` of one of those types, as UTF-8; None where there is no text.
+
+    As bytes, since pyarrow takes a writer's word that they are UTF-8.
+    """
+    import pyarrow
+    from pyarrow import types
+
+    if isinstance(array, pyarrow.ExtensionArray):
         array = array.storage
     if types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    type_ = array.type
-    if types.is_null(type_):
-        return [None] * len(array)
-    of_text = (types.is_string, types.is_large_string, types.is_string_view)
-    of_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
-    if not any(is_(type_) for is_ in (*of_text, *of_bytes)):
-        raise InputError(f'data.column={column}: of type {whole} in {where}, not text; name another column')
     return array.cast(pyarrow.large_binary()).to_pylist()

@@ -19,7 +19,7 @@ from typing import Any
 from gpt_jax.config import DataConfig
 from gpt_jax.data import corpus as corpora
 from gpt_jax.data.corpus import SPLITS, Corpus, Decoder, Part, Passage, by_hash, split_of, split_stretches
-from gpt_jax.data.formats import text_bytes
+from gpt_jax.data.formats import check_text_type, text_bytes
 from gpt_jax.data.tokenizer import up_to
 from gpt_jax.errors import InputError, first_line
 
@@ -294,8 +294,9 @@ class HubCorpus(Corpus):
             for table in self._tables(path, share):
                 if self.column not in table.column_names:
                     raise self._no_column(where, table.column_names)
+                check_text_type(table.schema.field(self.column).type, self.column, where)
                 for chunk in table.column(self.column).chunks:
-                    for data in text_bytes(chunk, self.column, where):
+                    for data in text_bytes(chunk):
                         yield decoder.text(data or b'', f'a row of {where}')
 
     def _tables(self, path: str, share: tuple[int, int]) -> Iterator[Any]:
@@ -304,8 +305,12 @@ class HubCorpus(Corpus):
         if self.format == 'text' and self.separator:
             only = {'keep_linebreaks': True}  # a separator may stand between them
         stream = self._stream(path, **only)
-        if self.format == 'parquet' and self.column not in stream.features:
-            raise self._no_column(f'{self._where}/{path}', list(self._stream(path).features))
+        if self.format == 'parquet':
+            where = f'{self._where}/{path}'
+            if self.column not in stream.features:
+                raise self._no_column(where, list(self._stream(path).features))
+            # Before anything is read: a reader that is given up may take the process with it as this ends.
+            check_text_type(stream.features.arrow_schema.field(self.column).type, self.column, where)
         streams = [stream]
         if share != (0, 1):
             row_groups = stream.reshard()
@@ -329,6 +334,12 @@ class HubCorpus(Corpus):
         except Exception as error:
             # Everything that can go wrong here is the source's: the libraries raise errors of httpx, of requests, of
             # pyarrow, of their own and of the system, by version, without a common base.
+            if isinstance(error, UnicodeError | json.JSONDecodeError) or type(error).__module__.startswith('pyarrow'):
+                what = f'a file of {self._where} is damaged, or not what it is called'
+                raise InputError(
+                    f'data.corpus={self.name}: {what} ({type(error).__name__}: {first_line(error)}); name another '
+                    'dataset or revision, or correct it as a file of yours: --config.data.path=FILE'
+                ) from error
             raise InputError(
                 f'data.corpus={self.name}: cannot read {self._where} ({type(error).__name__}: {first_line(error)}); '
                 'connect to the hub, see that HF_HUB_OFFLINE is not set, or use files that are here: '

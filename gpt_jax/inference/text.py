@@ -77,6 +77,8 @@ def check_prompt(prompt: str, tokenizer: Tokenizer, block_size: int, allow_slidi
 
     What does not fit in the context is refused later anyway, and where sliding is allowed only its end is read.
     """
+    if len(prompt) <= SHORT:
+        return
     fits = MOST_SLIDING if allow_sliding else max(block_size * tokenizer.longest_token, SHORT)
     if len(prompt) > fits:
         tokens = len(prompt) // tokenizer.longest_token
@@ -113,6 +115,8 @@ def prompt_loop(write: Callable[[list[str], int], None]) -> None:
         for number in itertools.count():
             try:
                 prompt = input('> ') if terminal else _next_line()
+            except UnicodeDecodeError:
+                raise InputError('what was typed is not UTF-8; set the terminal to UTF-8') from None
             except EOFError:
                 if terminal:
                     print()

@@ -187,7 +187,7 @@ class MetricsLog:
             complain(f'{self.path}: {damaged} damaged line(s) left out, {len(rows)} row(s) kept')
         with replacing(self.path) as file:
             file.write(b''.join(map(_encoded, rows)))
-        self._file = appending(self.path).detach().detach()  # unbuffered: what is not written is known
+        self._file = appending(self.path)
         self._waiting = b''
         self._failed = False
         self._tensorboard: _TensorBoard | None = None
@@ -320,7 +320,7 @@ class SampleLog:
             lines.append(f'  {name}:')
             lines += [f'    | {line}' for line in str(text).splitlines()]
         with appending(self._path) as file:
-            file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace').decode())
+            file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
         self.steps.add(step)
 
 
@@ -431,11 +431,11 @@ def plot_loss(workdir: pathlib.Path) -> None:
         axes.plot(*zip(*validation, strict=True), color='tab:orange', marker='o', markersize=4, label=label)
     axes.set_xlabel('step')
     axes.set_ylabel('loss, nats per token')
-    axes.set_title(workdir.name, parse_math=False)  # a $ is a letter of its name
+    # A name is no formula, may hold bytes that are no text, and letters that the font has no shape for.
+    axes.set_title(workdir.name.encode(errors='replace').decode(), parse_math=False)
     axes.grid(alpha=0.3)
     if training or validation:
         axes.legend()
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='Glyph .* missing from font')  # in its name as well
-        with replacing(workdir / 'loss.png') as file:
-            figure.savefig(file, format='png', dpi=120)
+    with replacing(workdir / 'loss.png') as file, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')
+        figure.savefig(file, format='png', dpi=120)

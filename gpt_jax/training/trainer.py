@@ -176,7 +176,7 @@ class Trainer:
           recorded: the `describe()` of the checkpoint that the run goes on from, if any.
           checkpoints: those of the workdir.
           sample: writes the sampled previews.
-          output: where its lines go.
+          output: where the run says what it does.
 
         Raises:
           InputError: the batch does not fit the mesh, the data cannot be had or are not those of the checkpoint, ...

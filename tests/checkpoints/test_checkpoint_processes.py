@@ -6,7 +6,7 @@ CHILD = """
 import json
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from gpt_jax.checkpoints import Checkpoints
+from gpt_jax.checkpoints import Checkpoints, recover
 from gpt_jax.errors import InputError
 
 (folder,) = arguments
@@ -34,6 +34,8 @@ with Checkpoints(folder) as checkpoints:
         checkpoints.restore(3, shapes, {'mu': shapes})
     except InputError as error:
         report['error'] = str(error)
+    report['recovered'] = recover(folder, lambda line: None)['step']
+    report['left'] = checkpoints.steps()
 print(json.dumps(report))
 """
 
@@ -42,6 +44,8 @@ print(json.dumps(report))
 def test_two_processes_save_restore_and_refuse_together(two_processes, tmp_path):
     reports = two_processes(CHILD, tmp_path / 'checkpoints')
     errors = [report.pop('error') for report in reports]
-    assert reports == [{'wrote': [True] * 3, 'again': False, 'steps': [1, 3], 'same': True}] * 2
+    both = {'wrote': [True] * 3, 'again': False, 'steps': [1, 3], 'same': True, 'recovered': 1, 'left': [1]}
+    assert reports == [both] * 2
+    assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['1', 'damaged-3']
     assert sum('_CHECKPOINT_METADATA has' in error for error in errors) == 1
     assert sum('names the file: see its message' in error for error in errors) == 1

@@ -1,10 +1,14 @@
 """Whatever happens to a checkpoint's files, a run goes on from an older good one, or refuses in one line."""
 
 import os
+import pathlib
 import shutil
+import tempfile
 
 import jax.numpy as jnp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt_jax.checkpoints import Checkpoints, load, recover, verifying
 from gpt_jax.errors import InputError
@@ -93,6 +97,36 @@ def test_any_damage_of_any_file_of_the_newest_step_leads_to_the_one_before(saved
         assert content(folder / '1') == whole
 
 
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_byte_changed_put_in_or_taken_out_anywhere_gives_right_bits_or_those_of_the_step_before(saved, data):
+    with tempfile.TemporaryDirectory() as place:
+        workdir = shutil.copytree(saved, pathlib.Path(place, 'run'))
+        step = workdir / 'checkpoints' / '2'
+        path = step / data.draw(st.sampled_from([name for name in names(step) if (step / name).stat().st_size]))
+        content = bytearray(path.read_bytes())
+        position = data.draw(st.integers(0, len(content) - 1))
+        change = data.draw(st.sampled_from(['flip', 'insert', 'remove', 'cut']))
+        if change == 'flip':
+            content[position] ^= 1 << data.draw(st.integers(0, 7))
+        elif change == 'insert':
+            content.insert(position, data.draw(st.integers(0, 255)))
+        else:
+            del content[position : position + 1 if change == 'remove' else None]
+        path.write_bytes(content)
+        loaded = load(workdir)
+        assert loaded.params['w'].tolist() == [loaded.step] * 64
+        said = []
+        recovered = recover(workdir / 'checkpoints', said.append)['step']
+        if path.name == verifying.NAME:
+            # A blank more makes no other list; and a reader has no use for the optimizer's files.
+            assert (loaded.step, recovered, len(said)) in ((1, 1, 1), (2, 1, 1), (2, 2, 0))
+        else:
+            assert loaded.step == (2 if path.is_relative_to(step / 'optimizer') else 1)
+            assert recovered == 1
+            assert str(path) in said[0]
+
+
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_where_every_step_is_damaged_the_run_is_refused_in_one_line_and_nothing_changes(workdir, damage):
     folder = workdir / 'checkpoints'
@@ -153,3 +187,26 @@ def test_a_new_run_has_nothing_to_recover(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(InputError, match='file cannot be used for checkpoints'):
         recover(tmp_path / 'file')
+
+
+def test_a_link_is_followed_to_a_folder_of_checkpoints_alone(workdir, tmp_path):
+    for name in ('storage', 'home'):
+        (tmp_path / name).mkdir()
+        (tmp_path / f'to {name}').symlink_to(tmp_path / name)
+    (tmp_path / 'home' / 'thesis').touch()
+    (tmp_path / 'to nowhere').symlink_to(tmp_path / 'nowhere')
+    (tmp_path / 'to run').symlink_to(workdir / 'checkpoints')
+    for leftover in ('saving_1', 'saving_1.orbax-checkpoint-tmp', '3.removed', 'damaged-4', 'damaged-4-2'):
+        (workdir / 'checkpoints' / leftover).mkdir()
+    assert recover(tmp_path / 'to storage') is None
+    assert recover(tmp_path / 'to run')['step'] == 2
+    with pytest.raises(
+        InputError, match=r'to home leads to .*home, where other things are \(thesis\); remove the link'
+    ):
+        recover(tmp_path / 'to home')
+    with pytest.raises(InputError, match=r'to nowhere leads to .*nowhere, where nothing is; make that folder'):
+        recover(tmp_path / 'to nowhere')
+    assert not (tmp_path / 'nowhere').exists()
+    (tmp_path / 'loop').symlink_to('loop')
+    with pytest.raises(InputError, match=r'loop is a link in a loop|loop leads to .*loop'):
+        recover(tmp_path / 'loop')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import jax
 import numpy as np
@@ -211,7 +212,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-DOCUMENTS = ['config.json', 'generation_config.json', 'tokenizer.json']
+ADDED = {'content': '<x>', 'lstrip': False, 'normalized': False, 'rstrip': False, 'single_word': False, 'special': True}
+OF_TOKENS = {
+    'tokenizer_config.json': {
+        'added_tokens_decoder': {'257': ADDED},
+        'eos_token': '<x>',
+        'extra_special_tokens': ['<y>'],
+    },
+    'special_tokens_map.json': {'bos_token': ADDED | {'content': '<y>'}, 'additional_special_tokens': ['<x>']},
+    'added_tokens.json': {'<x>': 257, '<z>': 258},
+    'generation_config.json': {'eos_token_id': [1, 2], 'pad_token_id': 3},
+}
 
 
 def places(document, at=()):
@@ -231,15 +242,23 @@ def put(document, at, value):
     return document
 
 
-@pytest.fixture(scope='module')
-def small(tmp_path_factory):
-    """A directory of a few kilobytes."""
-    config = GPTConfig(vocab_size=260, block_size=4, n_layer=1, n_head=1, d_model=2)
+@pytest.fixture(scope='module', params=['GPT-2', "GPT-Neo, with GPT-2's vocabulary files"])
+def small(request, tmp_path_factory):
+    """The files of a directory of a few kilobytes."""
+    config = GPTConfig(vocab_size=260, block_size=4, n_layer=2, n_head=1, d_model=2)
     folder = tmp_path_factory.mktemp('small') / 'hf'
+    if request.param != 'GPT-2':
+        alternating = {'attention_pattern': 'alternating', 'band_size': 3}
+        config = dataclasses.replace(config, qkv_bias=False, attention_scale=1.0, **alternating)
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, 'f'), huggingface.parameter_shapes(config))
     huggingface.save(folder, config, ones)
-    TOKENIZER.save(folder / 'tokenizer.json')
-    (folder / 'generation_config.json').write_text('{"eos_token_id": [1, 2], "pad_token_id": 3}')
+    if request.param == 'GPT-2':
+        TOKENIZER.save(folder / 'tokenizer.json')
+    else:
+        (folder / 'vocab.json').write_text(json.dumps(json.loads(TOKENIZER.to_json())['model']['vocab']))
+        (folder / 'merges.txt').write_text('#version: 0.2\n')
+    for name, document in OF_TOKENS.items():
+        (folder / name).write_text(json.dumps(document))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -257,21 +276,21 @@ def check_that_it_loads_or_is_one_line(folder, files):
     assert len(said) < 2000
 
 
-@pytest.mark.parametrize('examples', [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('examples', [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_any_value_in_place_of_any_other_loads_or_is_one_line(small, tmp_path, examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @given(st.sampled_from(DOCUMENTS), st.data(), JSON)
+    @given(st.sampled_from(sorted(name for name in small if name.endswith('.json'))), st.data(), JSON)
     def change(name, data, value):
         document = json.loads(small[name])
         # The bytes of a vocabulary are all alike: few of them are enough.
-        ways = [way for way in places(document) if len(way) < 3 or way[1] != 'vocab'][:200]
+        ways = [way for way in places(document) if len(way) < 3 or way[1] != 'vocab'][:100]
         document = put(document, data.draw(st.sampled_from(ways)), value)
         check_that_it_loads_or_is_one_line(tmp_path / 'hf', small | {name: json.dumps(document).encode()})
 
     change()
 
 
-@pytest.mark.parametrize('examples', [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('examples', [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_any_damage_to_any_file_loads_or_is_one_line(small, tmp_path, examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(st.sampled_from(sorted(small)), st.integers(0, 3000), st.binary(min_size=1, max_size=8), st.integers(0, 8))
@@ -280,3 +299,25 @@ def test_any_damage_to_any_file_loads_or_is_one_line(small, tmp_path, examples):
         check_that_it_loads_or_is_one_line(tmp_path / 'hf', small | {name: data[:at] + put_in + data[at + cut_out :]})
 
     change()
+
+
+@pytest.mark.parametrize('way', ['in', 'out'])
+def test_a_full_disk_leaves_nothing_of_what_was_to_be_made(tiny_gpt2, tmp_path, way, capfd):
+    """A limit of a file's size stands for a full disk."""
+    checkpoints.import_huggingface(tiny_gpt2, tmp_path / 'checkpoint')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    convert, source = (
+        (checkpoints.import_huggingface, tiny_gpt2)
+        if way == 'in'
+        else (checkpoints.export_huggingface, tmp_path / 'checkpoint')
+    )
+    capfd.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        with pytest.raises(InputError, match=r'new cannot be written \(File too large\); free some space') as error:
+            convert(source, tmp_path / 'new')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert '\n' not in str(error.value)
+    assert capfd.readouterr().err == ''
+    assert [path.name for path in tmp_path.iterdir()] == ['checkpoint']

@@ -1,5 +1,6 @@
 """What a file is follows from its content; what it holds does not depend on how it is packed."""
 
+import bz2
 import codecs
 import gzip
 import hashlib
@@ -94,6 +95,7 @@ TYPES = {
     'binary': pyarrow.binary(),
     'large_binary': pyarrow.large_binary(),
     'binary_view': pyarrow.binary_view(),
+    'json': pyarrow.json_(),
 }
 
 
@@ -111,6 +113,11 @@ def test_a_column_of_text_may_be_of_any_of_arrows_types(tmp_path, name):
 def test_a_column_of_anything_else_is_refused_by_its_type(tmp_path, values):
     pyarrow.parquet.write_table(pyarrow.table({'text': values}), tmp_path / 'a.parquet')
     assert 'data.column=text: of type ' in line(lambda: documents(load(tmp_path / 'a.parquet')))
+
+
+def test_a_column_of_nothing_has_no_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({'text': pyarrow.nulls(3)}), tmp_path / 'a.parquet')
+    assert 'no document has any text' in line(lambda: list(load(tmp_path / 'a.parquet').documents('train')))
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
@@ -133,6 +140,7 @@ BAD = {
     'UTF-16 unmarked little': ('a.jsonl', ('hello ' * 9).encode('utf-16-le'), 'iconv -f UTF-16LE -t UTF-8'),
     'UTF-32': ('a.txt', 'hello'.encode('utf-32'), 'is UTF-32'),
     'PDF': ('a.txt', b'%PDF-1.7 ...', 'is PDF, not text'),
+    'bzip2': ('a.jsonl.bz2', bz2.compress(LINES, 3), 'is compressed by bzip2'),
     'zip': ('a.jsonl', b'PK\x03\x04....', 'is a zip archive'),
     'LFS': ('a.parquet', b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n', 'git lfs pull'),
     'one object': ('a.json', b'{\n "text": "x"\n}', 'neither an object a line nor one array of objects'),

@@ -51,6 +51,15 @@ def test_documents_are_those_of_split_in_any_parts_and_blocks(tmp_path, data, pa
     assert found == [document for document in text.split(separator) if document.strip()]
 
 
+@pytest.mark.parametrize('signs', [2, 3, 5, 8])
+def test_a_part_never_ends_inside_of_equal_signs_that_are_separators(tmp_path, monkeypatch, signs):
+    text = ''.join(f'document {n}' + '-' * signs for n in range(6))
+    (tmp_path / 'a.txt').write_text(text)
+    for part in range(1, 30):
+        monkeypatch.setattr(corpus, 'PART_BYTES', part)
+        assert documents(load(tmp_path / 'a.txt', separator='--')) == [each for each in text.split('--') if each]
+
+
 @given(st.lists(st.text('ab-', max_size=6)), st.text('ab-', min_size=1, max_size=3))
 def test_a_text_in_stretches_is_split_as_a_whole(stretches, separator):
     assert list(split_stretches(stretches, separator)) == ''.join(stretches).split(separator)

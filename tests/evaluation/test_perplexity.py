@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gpt_jax.data.tokenizer import train_bpe, train_char
 from gpt_jax.errors import InputError
-from gpt_jax.evaluation import model_losses, strided_losses, text_perplexity
+from gpt_jax.evaluation import model_losses, perplexity, strided_losses, text_perplexity
 from gpt_jax.models import GPT, GPTConfig
 
 BIGRAM = np.array([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.2, 0.2, 0.6]])
@@ -210,3 +210,30 @@ def test_windows_side_by_side_give_the_validation_loss_of_training(finished_run,
     held_out = [*tokenizer.encode(text[int(len(text) * 0.9) :]), tokenizer.end_of_text]
     losses = strided_losses(model_losses(finished_run.model, finished_run.params), held_out, 32, 32)
     assert losses.mean(dtype=np.float64) == pytest.approx(finished_run.val_loss, rel=1e-5)
+
+
+def test_a_batch_that_no_memory_holds_is_refused_with_the_numbers(monkeypatch):
+    monkeypatch.setattr(perplexity, 'host_memory', lambda: 10**6)
+    with pytest.raises(InputError, match=r'batch_size=4096 windows of 64 tokens .* there are 0.0 GB; use a smaller'):
+        strided_losses(None, list(range(10000)), 64, 1, batch_size=4096)
+    monkeypatch.setattr(perplexity, 'memory_of', lambda devices: 10**6)
+    losses = perplexity.model_losses(GPT(GPTConfig(50257, 1024, n_layer=12, n_head=12, d_model=768)), None)
+    with pytest.raises(InputError, match='batch_size=8 windows of 1024 tokens take at least'):
+        losses(np.zeros((8, 1024), np.int32), np.zeros((8, 1024), np.int32))
+
+
+def test_special_tokens_of_a_text_are_scored_as_such_where_asked():
+    tokenizer = train_bpe(['a text, and another one'], 270)
+    seen = []
+
+    def losses(tokens_BT, targets_BT):
+        seen.append(targets_BT.copy())
+        return np.ones(tokens_BT.shape)
+
+    text = 'a text<|endoftext|>another one'
+    plain = text_perplexity(losses, tokenizer, text, 32)
+    parsed = text_perplexity(losses, tokenizer, text, 32, parse_special=True)
+    assert parsed['tokens'] < plain['tokens']
+    assert parsed['bytes'] == plain['bytes']
+    assert parsed['words'] == plain['words'] == len(text[1:].split())
+    assert [(tokenizer.end_of_text in each) for each in (seen[0][seen[0] > 0], seen[1])] == [False, True]

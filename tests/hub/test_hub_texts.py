@@ -45,6 +45,8 @@ DATASETS = {
     'me/json': {'train.jsonl': MARK + b'{"text": "one"}\n{"text": "zwei"}\n'},
     'me/csv': {'train.csv': MARK + b'text\none\nzwei\n'},
     'me/columns': {'train.parquet': columns()},
+    'me/latin': {'train.txt': b'caf\xe9'},
+    'me/broken': {'train.jsonl': b'{"text": "one"}\n{"text": '},
 }
 CASES = {
     'separated': ({'corpus': 'hub:me/cut', 'separator': END}, TEXTS),
@@ -55,6 +57,8 @@ CASES = {
     'string_view': ({'corpus': 'hub:me/columns', 'column': 'view'}, TEXTS),
     'binary': ({'corpus': 'hub:me/columns', 'column': 'bytes'}, TEXTS),
     'json': ({'corpus': 'hub:me/json'}, ['one', 'zwei']),
+    'latin': ({'corpus': 'hub:me/latin'}, 'is damaged, or not what it is called (UnicodeDecodeError'),
+    'broken': ({'corpus': 'hub:me/broken'}, 'hub:me/broken'),
     'number': ({'corpus': 'hub:me/columns', 'column': 'number'}, 'of type int64'),
 }
 

@@ -44,3 +44,33 @@ def test_ids_and_texts_are_those_of_transformers(tmp_path, listed):
         assert ours.encode(text, special=True) == ids
         assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
         assert ours.encode(text) == theirs(text, split_special_tokens=True)['input_ids']
+
+
+def test_added_tokens_and_ends_come_back_from_a_checkpoint_as_they_went_in(tmp_path):
+    import jax
+    import jax.numpy as jnp
+
+    from gpt_jax import checkpoints
+    from gpt_jax.models import GPT, GPTConfig, huggingface
+
+    base = train_bpe(['hello there ' * 20], 270)
+    config = GPTConfig(300, 16, n_layer=1, n_head=1, d_model=8)
+    params = jax.jit(GPT(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+    source, step, target = (tmp_path / name for name in ('source', 'step', 'target'))
+    source.mkdir()
+    huggingface.save(source, config, params, 'f32', extra={'eos_token_id': [299, 0]})
+    base.save(source / 'tokenizer.json')
+    (source / 'added_tokens.json').write_text(json.dumps({'<|user turn|>': 298, '<é>': 299}), encoding='utf-8')
+    (source / 'special_tokens_map.json').write_text(json.dumps({'additional_special_tokens': ['<|user turn|>']}))
+    checkpoints.import_huggingface(source, step)
+    checkpoints.export_huggingface(step, target)
+    text = 'hello <|user turn|><é> there'
+    loaded, theirs = checkpoints.load_model(target), transformers.AutoTokenizer.from_pretrained(target)
+    assert loaded.eos_token_ids == (299, 0)
+    assert (
+        loaded.tokenizer.fingerprint == gpt2(source).fingerprint == checkpoints.load_model(step).tokenizer.fingerprint
+    )
+    ids = loaded.tokenizer.encode(text, special=True)
+    assert theirs(text, split_special_tokens=False)['input_ids'] == ids
+    assert [id_ for id_ in ids if id_ > 270] == [298, 299]
+    assert loaded.tokenizer.decode(ids) == text

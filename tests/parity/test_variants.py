@@ -20,7 +20,10 @@ from gpt_jax.models.huggingface import SYNONYMS  # noqa: E402
 BY_LAYER = {'scale_attn_by_inverse_layer_idx': True, 'n_layer': 3}
 ALL_AT_ONCE = BY_LAYER | {'n_inner': 52, 'activation_function': 'relu', 'scale_attn_weights': False}
 CASES = {
-    'gpt2-all at once': (peers.gpt2, ALL_AT_ONCE | {'layer_norm_epsilon': 1e-3, 'tie_word_embeddings': False}),
+    'gpt2-an MLP of 52, ReLU, unscaled but by the layer, untied head': (
+        peers.gpt2,
+        ALL_AT_ONCE | {'layer_norm_epsilon': 1e-3, 'tie_word_embeddings': False},
+    ),
     'gpt2-an MLP of 52 for a width of 32': (peers.gpt2, {'n_inner': 52}),
     'gpt2-scores scaled by the layer': (peers.gpt2, BY_LAYER),
     'gpt2-exact GELU': (peers.gpt2, {'activation_function': 'gelu'}),
@@ -35,14 +38,19 @@ CASES = {
 @pytest.mark.parametrize(
     ('make', 'changes', 'name'),
     [
-        pytest.param(*case, name, id=name, marks=[] if name == 'gpt2-all at once' else pytest.mark.slow)
+        pytest.param(
+            *case,
+            name,
+            id=name,
+            marks=[] if name == 'gpt2-an MLP of 52, ReLU, unscaled but by the layer, untied head' else pytest.mark.slow,
+        )
         for name, case in CASES.items()
     ],
 )
 def test_a_variant_is_that_of_transformers_in_training_decoding_and_when_exported(
     make, changes, name, loaded, tokens, fidelity, tmp_path
 ):
-    peer = make(**changes)
+    peer, name = make(**changes), name.partition('-')[2]
     config, params = loaded(peer)
     tokens_BT, targets_BT = (tokens(config, time=config.block_size, seed=seed) for seed in (0, 1))
     theirs = peer(torch.from_numpy(tokens_BT).long()).logits

@@ -33,7 +33,7 @@ def rows(workdir):
     'damage',
     [
         lambda step: (step / 'manifest.sha256.json').unlink(),
-        lambda step: shutil.rmtree(step / 'optimizer'),
+        pytest.param(lambda step: shutil.rmtree(step / 'optimizer'), marks=pytest.mark.slow),
     ],
     ids=['manifest', 'optimizer'],
 )

@@ -19,7 +19,7 @@ def tree(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
 
 
-@pytest.mark.parametrize('dangling', [False, True])
+@pytest.mark.parametrize('dangling', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_writes_through_no_link_of_any_name_that_it_uses(tiny_config, finished_run, tmp_path, dangling, capfd):
     workdir, victims = tmp_path / NAME, tmp_path / 'victims'
     workdir.mkdir()
@@ -63,6 +63,7 @@ def test_a_lock_that_is_a_link_is_refused(tiny_config, tmp_path):
     assert (tmp_path / 'victim').read_text() == 'precious'
 
 
+@pytest.mark.slow
 def test_checkpoints_may_be_linked_to_storage_for_them_and_to_nothing_else(tiny_config, finished_run, tmp_path):
     for name in ('storage', 'home'):
         (tmp_path / name).mkdir()

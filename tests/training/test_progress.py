@@ -3,6 +3,7 @@ import os
 import pty
 import sys
 import termios
+import warnings
 
 import matplotlib.image
 import numpy as np
@@ -90,3 +91,14 @@ def test_a_run_with_few_rows_has_a_picture_as_well(tmp_path, rows):
     write_rows(tmp_path, rows)
     plot_loss(tmp_path)
     assert matplotlib.image.imread(tmp_path / 'loss.png').shape[:2] == (600, 960)
+
+
+@pytest.mark.parametrize('name', ['costs $5', '$x^', r'$\frac{$', '日本語', 'a\nb', '\udcff'], ids=ascii)
+def test_the_plot_is_drawn_whatever_the_run_is_called(tmp_path, name):
+    workdir = tmp_path / name
+    workdir.mkdir()
+    (workdir / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0, "time": 0.0}\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plot_loss(workdir)
+    assert (workdir / 'loss.png').stat().st_size > 1000
