@@ -6,7 +6,7 @@
 
 An exception from a handler is lost where Python happens to be in a callback of the garbage collector (jax has one) or
 in a `__del__`: Python reports it as ignored and goes on. So a signal is noted as well. Where it was lost that way it is
-given once more; where a library caught it, the next `check` raises it.
+given once more; where a library caught it, the next `check` raises it. While a module is imported it waits for the end.
 """
 
 import _thread
@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+IMPORT_SECONDS = 10.0  # that a signal waits for an import: far more than any takes
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C. Where plain KeyboardInterrupt ends an `exec`, Python remembers, and kills itself when all is done."""
@@ -28,6 +30,7 @@ class _State:
     """Of the process: signals belong to it as a whole."""
 
     noted: int | None = None
+    began = 0.0
     unwinding = False
 
 
@@ -83,11 +86,25 @@ def _end(number: int, _: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _raise(number: int, _: FrameType | None) -> None:
+def _raise(number: int, frame: FrameType | None) -> None:
+    if _State.noted is None:
+        _State.began = time.monotonic()
     _State.noted = number
+    if _importing(frame) and time.monotonic() - _State.began < IMPORT_SECONDS:
+        # jaxlib calls Python while it is imported, and aborts where that raises: given again until it is done.
+        _thread.start_new_thread(_give, (number,))
+        return
     if number == signal.SIGINT:
         raise Interrupted
     raise SystemExit(128 + number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == '<frozen importlib._bootstrap>':
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _again(unraisable: Any) -> None:

@@ -77,6 +77,26 @@ def test_one_signal_ends_a_verb_whatever_it_interrupts(run, number, where):
     assert process.stderr.count('\n') == 1
 
 
+IMPORT = """
+import importlib.abc, importlib.machinery, sys
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name == 'compiled' else None
+    def exec_module(self, module):
+        signal.raise_signal(number)
+        print('imported whole', flush=True)
+sys.meta_path.insert(0, Finder())
+import compiled
+"""
+
+
+@pytest.mark.parametrize('number', NUMBERS)
+def test_a_signal_during_an_import_waits_for_its_end(run, number):
+    process = run(VERB.format(body=IMPORT, number=int(number)))
+    assert (process.returncode, process.stdout) == (128 + number, 'imported whole\ncleared away\n'), process.stderr
+    assert process.stderr.count('\n') == 1
+
+
 def test_a_hang_up_is_ignored_where_it_was_ignored_from_the_start(run):
     code = VERB.format(body='signal.raise_signal(number); raise SystemExit(7)', number=int(signal.SIGHUP))
     process = run(code, prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
