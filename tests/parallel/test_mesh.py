@@ -64,7 +64,6 @@ def test_a_mesh_may_be_made_of_some_devices():
     [
         MeshConfig(data=-1, tensor=-1),
         MeshConfig(data=0),
-        MeshConfig(fsdp=-2),
         MeshConfig(data=-1, context=0),
         MeshConfig(data=3),
         MeshConfig(data=4),
