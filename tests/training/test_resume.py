@@ -190,4 +190,5 @@ def test_a_signal_at_any_moment_of_the_start_ends_the_run(config, undisturbed, t
         assert process.status == 128 + number, process.errors
         assert 'Traceback' not in process.errors
         assert 'ignored' not in process.errors
-        assert not list(tmp_path.glob('*/.*')), 'the lock, or a temporary file'
+        # Where it hits the taking of the lock the file stays, unlocked: the next run takes the place at once.
+        assert {path.name for path in tmp_path.glob('*/.*')} <= {'.lock', '.holder.json'}
