@@ -10,7 +10,7 @@ import re
 class InputError(ValueError):
     """What the user gave cannot be used; `str(error)` is one line that says what, and what to do instead."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ''):
         super().__init__(one_line(message))
 
 

@@ -83,7 +83,7 @@ def test_it_takes_the_tokens_that_generate_takes(model, params, inspector, token
 
 
 def test_every_filter_in_use_is_shown_by_name_and_in_the_order_it_acts(inspector):
-    choice = choose(SETTINGS[2], inspector.lens(PROMPT)[-1], PROMPT, new=2, end_of_text=59, seed=0)
+    choice = choose(SETTINGS[2], inspector.lens(PROMPT)[-1], PROMPT, new=2, ends=59, seed=0)
     assert choice.names == (
         *('model', 'repetition_penalty=1.2', 'min_new_tokens=4', 'temperature=1.3', 'min_p=0.02', 'typical_p=0.9'),
     )
