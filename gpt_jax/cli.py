@@ -63,10 +63,17 @@ def run(main: Callable[[], int | None], doc: str, key_flags: Sequence[str]) -> N
         number = signals.noted() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
         if number is not None:
             _say_ended(number, error)
+            if signals.noted() is not None:
+                # What was held is released. Libraries that were stopped in the middle of something would complain at
+                # Python's end, or wait for what never comes.
+                _flush()
+                os._exit(128 + number)
             sys.exit(128 + number)
         if isinstance(error, OSError) and error.errno in LOST and error.filename is None:
             discard_output()
             _complain(f'the output cannot be written ({error.strerror})')
+        if isinstance(error, RuntimeError) and 'backend' in str(error) and 'JAX_PLATFORMS' in str(error):
+            _complain(f'{first_line(error)}; JAX_PLATFORMS=cpu takes the CPU')
         raise  # the end of --help, or a bug of ours
     sys.exit(status)
 
@@ -97,6 +104,12 @@ def discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # gone, or closed
+            stream.flush()
+
+
 def _say_ended(number: int, error: BaseException) -> None:
     meanwhile = '' if isinstance(error, SystemExit | KeyboardInterrupt) else f' ({type(error).__name__} on the way)'
     name = 'interrupted' if number == signal.SIGINT else signal.Signals(number).name
@@ -110,7 +123,9 @@ def _parse_flags(key_flags: Sequence[str]) -> None:
     _quieten()
     try:
         rest = flags.FLAGS(_without_unset_keys(sys.argv))[1:]
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         signals.check()  # or it is of a signal
         raise InputError(_explain(error)) from None
     if rest:

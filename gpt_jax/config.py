@@ -489,7 +489,10 @@ def _checked(name: str, value: Any, annotation: Any) -> Any:
             return wanted(value)
         if abs(value) < math.inf:
             held = 'int64' if wanted is int else 'float32'
-            raise InputError(f'{name}={value!r} must be {_TYPE_NAMES[wanted]} that {held} holds')
+            # Python writes no whole number of more than some thousand digits.
+            shown = f'a number of {value.bit_length():,} bits' if isinstance(value, int) else repr(value)
+            shown = repr(value) if isinstance(value, int) and value.bit_length() < 256 else shown
+            raise InputError(f'{name}={shown} must be {_TYPE_NAMES[wanted]} that {held} holds')
     raise InputError(f'{name}={value!r} must be {_TYPE_NAMES[wanted]}')
 
 

@@ -26,7 +26,7 @@ cli.define_mesh_flag()
 def main() -> None:
     """Converts, and prints what into what."""
     for flag in (SOURCE, TARGET):
-        if flag.value is None:
+        if not flag.value:
             raise InputError(f'--{flag.name} is missing; convert one folder into another: --source=DIR --target=DIR')
     from gpt_jax import checkpoints
 

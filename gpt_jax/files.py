@@ -94,6 +94,8 @@ def decoded(data: bytes, name: str) -> str:
         wrong = (
             f'byte 0x{data[error.start]:02x} in line {data.count(10, 0, error.start) + 1}, at offset {error.start:,}'
         )
+        if b'\0' in data or data.startswith((b'\x1f\x8b', b'\x28\xb5\x2f\xfd', b'PK')):
+            raise InputError(f'{name} is not UTF-8 but compressed or binary; name a file of plain text') from None
         raise InputError(f'{name} is not UTF-8 ({wrong}); convert it, e.g. with iconv -f LATIN1 -t UTF-8') from None
 
 

@@ -95,7 +95,7 @@ def main() -> None:
         plan['advice'] = planning.advice_section(placement, found, any_fits)
         if devices and VERIFY.value and any_fits:
             plan['advice']['verified'] = compiled(found[0][0])
-    print(json.dumps(plan) if JSON.value else planning.render(plan))
+    print(json.dumps(plan, allow_nan=False) if JSON.value else planning.render(plan))
 
 
 def _recipe_section(run: 'RunConfig') -> dict[str, Any]:
@@ -172,11 +172,14 @@ def _lower_step(run: 'RunConfig', placement: 'planning.Placement', devices: 'Seq
 
 
 def _check_flags() -> None:
-    if not 0 < MFU.value <= 1:
-        raise InputError(f'--mfu={MFU.value} must be above 0 and at most 1: it is a share of the peak')
+    if not 1e-6 <= MFU.value <= 1:
+        raise InputError(
+            f'--mfu={MFU.value} must be above 0 and at most 1, and not below 1e-6: it is a share of the peak'
+        )
     for flag in (DEVICES, PEAK_TFLOPS, DOLLARS, BATCH, LENGTH):
-        if flag.value is not None and not 0 < flag.value < float('inf'):
-            raise InputError(f'--{flag.name}={flag.value} must be above 0')
+        # Wider than anything real, and narrow enough that no product of them is infinite.
+        if flag.value is not None and not 1e-9 <= flag.value <= 1e12:
+            raise InputError(f'--{flag.name}={flag.value} must be above 0, and at most 1e12')
     if VERIFY.value and not TOPOLOGY.value:
         raise InputError('--verify needs --topology: it is a compiler that verifies')
 

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from gpt_jax import cli
 from gpt_jax.config import parse
-from gpt_jax.errors import InputError
+from gpt_jax.errors import InputError, printable
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
 NUM_WORKERS = flags.DEFINE_integer('num_workers', None, 'processes that tokenise (default: data.num_workers)')
@@ -55,9 +55,9 @@ def _piece(text: str | None) -> tuple[int, int]:
     """'3/16' -> (3, 16)."""
     if text is None:
         return 1, 1
-    match = re.fullmatch(r'(\d+)/(\d+)', text)
+    match = re.fullmatch(r'([0-9]{1,9})/([0-9]{1,9})', text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f'--piece={text}: write I/N with I from 1 to N, such as --piece=3/16')
+        raise InputError(f'--piece={printable(text, 60)}: write I/N with I from 1 to N, such as --piece=3/16')
     return int(match[1]), int(match[2])
 
 

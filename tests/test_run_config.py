@@ -214,6 +214,15 @@ def test_every_key_takes_the_ends_of_its_range_and_nothing_beyond(section, name,
     assert bounds or not ({'int', 'float'} & set(str(field.type).replace('|', ' ').split()))
 
 
+def test_a_number_of_more_digits_than_python_writes_is_one_line(tiny_config):
+    settings = tiny_config().to_dict()
+    settings['train']['steps'] = 10**5000
+    with pytest.raises(
+        InputError, match=r'train\.steps=a number of 16,610 bits must be a whole number that int64 holds'
+    ):
+        parse(settings)
+
+
 def test_an_unknown_key_or_section_is_named(tiny_config):
     settings = tiny_config().to_dict()
     settings['train']['speed'] = 1

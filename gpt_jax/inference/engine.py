@@ -135,13 +135,18 @@ class Engine:
 
         Returns:
           Logits float32 [batch, vocab] of the token after each prompt; the cache.
+
+        Raises:
+          InputError: the logits are not finite.
         """
         block_size = self.model.config.block_size
         arrays = pack(prompts, padded_length(max(map(len, prompts)), block_size))
         slots = padded_length(length + undoable, block_size + undoable)
         tokens_BT, lengths_B = map(self.place, arrays)
         sizes = (slots, self.cache_dtype, undoable)
-        return _prefill(self.model, self.mesh, self.params, tokens_BT, lengths_B, *sizes)
+        logits_BV, cache = _prefill(self.model, self.mesh, self.params, tokens_BT, lengths_B, *sizes)
+        check_finite(logits_BV)
+        return logits_BV, cache
 
     def step(self, cache: Cache, tokens_B: jax.Array) -> tuple[jax.Array, Cache]:
         """Reads one more token of each sequence: logits float32 [batch, vocab] of the one after it; `cache` is donated.
@@ -182,6 +187,15 @@ def read(
 def of_tokens(params: Any, logits_V: jax.Array) -> jax.Array:
     """Logits [..., vocab] of a model with an engine's `params`: -inf where the engine knows of no token."""
     return jnp.where(params[NO_TOKEN], -jnp.inf, logits_V) if NO_TOKEN in params else logits_V
+
+
+def check_finite(logits: jax.Array | np.ndarray) -> None:
+    """Raises InputError where logits hold a NaN or +infinity: any strategy would write nothing of it, or token 0."""
+    if not np.isfinite(logits.max()):
+        raise InputError(
+            "the model's logits are not finite: its weights are too large for its compute dtype, or of a run that "
+            'diverged; take another checkpoint or --step'
+        )
 
 
 def run_steps(step: Callable, goes_on: Callable, most: jax.Array | int, state: Any) -> Any:

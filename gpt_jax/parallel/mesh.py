@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import MeshConfig
-from gpt_jax.errors import InputError
+from gpt_jax.errors import InputError, printable
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
 
@@ -49,8 +50,11 @@ def parse_mesh(text: str) -> MeshConfig:
     sizes: dict[str, int] = {}
     for part in text.split(','):
         axis, _, size = (word.strip() for word in part.partition(':'))
-        if axis not in AXES or axis in sizes or not (size == '-1' or (size.isascii() and size.isdigit() and int(size))):
-            raise InputError(f'--mesh={text}: {part.strip()!r} is not a new axis with its number of devices; {way_out}')
+        if axis not in AXES or axis in sizes or not re.fullmatch(r'-1|[1-9][0-9]{0,8}', size):
+            raise InputError(
+                f'--mesh={printable(text, 80)}: {printable(part.strip(), 80)!r} is not a new axis with its number of '
+                f'devices; {way_out}'
+            )
         sizes[axis] = int(size)
     if sizes.get('context', 1) != 1:
         raise InputError(f'--mesh={text}: context splits texts over devices, which is not possible yet; {way_out}')

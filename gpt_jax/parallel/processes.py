@@ -120,6 +120,10 @@ def check_alike(values: Mapping[str, object]) -> None:
         if other.get(name) != first.get(name)
     ]
     if found:
+        # The first to leave ends the others, which must have read its values before.
+        client.key_value_set(f'gpt_jax/read/{call}/{index}', '')
+        for number in range(jax.process_count()):
+            _wait_for_value(client, f'gpt_jax/read/{call}/{number}')
         more = f' (and {len(found) - 5} more)' if len(found) > 5 else ''
         raise InputError(f'{"; ".join(found[:5])}{more}; start all processes with the same command and versions')
 

@@ -7,6 +7,7 @@ its driver) and the CPU's. What they answer is no estimate: these are the buffer
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -16,12 +17,13 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from gpt_jax.errors import InputError
+from gpt_jax.errors import InputError, printable
 from gpt_jax.parallel.devices import DEVICES, Device
 
 EXAMPLES = 'v4:2x2x1, v5e:4x4, v5p:8x8x8, v6e:4x4; h100:8 or h100:4x8 (hosts x GPUs); cpu:8'
 # Read when libtpu is loaded: there is no TPU to ask, and others may have it loaded as well.
 ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+MOST_DEVICES = 4096  # simulated ones take threads and memory of this machine
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 # What the GPU compiler must know of a device: a GpuTargetConfigProto in text form. Figures of NVIDIA's H100 SXM data
@@ -92,6 +94,8 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     kind, _, counts = name.partition(':')
     if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)?', counts) or (compiler == 'cpu' and 'x' in counts):
         raise InputError(f'--topology={name} is not a kind and a number of devices, such as {EXAMPLES}')
+    if math.prod(int(count[:9]) for count in counts.split('x')) > MOST_DEVICES:
+        raise InputError(f'--topology={printable(name, 60)}: at most {MOST_DEVICES:,} devices can be compiled for here')
     if compiler == 'gpu':
         return _gpu_devices(kind, counts)
     with contextlib.suppress(RuntimeError):  # too late: what is here must do

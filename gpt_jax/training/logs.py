@@ -6,6 +6,7 @@ Only the first of several processes writes and prints.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -153,6 +154,14 @@ def _lines(path: pathlib.Path) -> list[bytes]:
     return re.findall(rb'[^\n]*\n|[^\n]+', read_bytes(path, most=MOST_LOG_BYTES))
 
 
+def _keep_aside(path: pathlib.Path) -> None:
+    """Gives the log of a run without a checkpoint, which begins anew, another name: it may be all that is left."""
+    numbers = itertools.count(1)
+    aside = next(a for n in numbers if not os.path.lexists(a := path.with_name(f'{path.stem}-before-{n}{path.suffix}')))
+    os.rename(path, aside)
+    complain(f'{path}: there is no checkpoint that it goes with, so it is kept as {aside.name}')
+
+
 def _row(text: bytes) -> dict[str, Any] | None:
     """A row as `MetricsLog` writes it, `step` and finite numbers or nulls; None for anything else."""
     try:
@@ -182,6 +191,9 @@ class MetricsLog:
     def __init__(self, workdir: pathlib.Path, last_step: int):
         self.path = workdir / 'metrics.jsonl'
         found, damaged = _rows_and_damage(self.path)
+        if found and last_step == NOTHING:
+            _keep_aside(self.path)
+            found = []
         rows = [row for row in found if row['step'] <= last_step]
         if damaged:
             complain(f'{self.path}: {damaged} damaged line(s) left out, {len(rows)} row(s) kept')
@@ -304,6 +316,9 @@ class SampleLog:
         self._path = workdir / 'samples.txt'
         lines = _lines(self._path)
         blocks, damaged = _blocks(lines)
+        if blocks and last_step == NOTHING:
+            _keep_aside(self._path)
+            lines, blocks = [], []
         kept = [(step, text) for step, text in blocks if step <= last_step]
         self.steps = {step for step, _ in kept}
         if damaged:

@@ -283,7 +283,10 @@ class Trainer:
         """Writes config.json and tokenizer.json, once all is known to be usable."""
         if self._is_first_process:
             workdirs.write_config(self._workdir, self._run)
-            self.data.tokenizer.save(self._workdir / 'tokenizer.json')
+            path, tokenizer = self._workdir / 'tokenizer.json', self.data.tokenizer
+            if path.is_file() and path.read_bytes() != tokenizer.to_json().encode():
+                self.say(f'{path} was damaged, or of another model: restored')
+            tokenizer.save(path)
 
     @contextlib.contextmanager
     def logs(self):
@@ -555,14 +558,13 @@ def _own(given: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def _check_same_data(data: TrainingData, recorded: dict[str, Any], workdir: pathlib.Path) -> None:
-    way_out = 'restore it, or start anew in another --workdir'
-    if data.tokenizer.fingerprint != recorded['tokenizer_fingerprint']:
-        raise InputError(f'the tokenizer of this config is not the one that {workdir} was trained with; {way_out}')
-    if data.fingerprint != recorded['data_fingerprint']:
-        raise InputError(
-            f'the corpus is not the one that {workdir} was trained on (fingerprint {data.fingerprint[:12]}, recorded '
-            f'{recorded["data_fingerprint"][:12]}; python_docs changes with the Python release); {way_out}'
-        )
-    path = workdir / 'tokenizer.json'
-    if path.exists() and Tokenizer.load(path).fingerprint != recorded['tokenizer_fingerprint']:
-        raise InputError(f'{path} does not match the checkpoints beside it; delete it, it will be written anew')
+    same_tokenizer = data.tokenizer.fingerprint == recorded['tokenizer_fingerprint']
+    if data.fingerprint == recorded['data_fingerprint'] and same_tokenizer:
+        return
+    # A tokenizer that is trained on the corpus changes with it: the corpus is what to look at first.
+    what = 'the corpus is' if same_tokenizer else 'the corpus, or its tokenizer, is'
+    raise InputError(
+        f'{what} not the one that {workdir} was trained on (fingerprint {data.fingerprint[:12]}, recorded '
+        f'{recorded["data_fingerprint"][:12]}; python_docs changes with the Python release); restore what data.path, '
+        'data.corpus or data.mixture names, or start anew in another --workdir'
+    )

@@ -232,7 +232,8 @@ class _Lock:
 
 def _alive(holder: dict[str, Any]) -> bool:
     if holder['host'] != socket.gethostname():
-        return time.time() - holder['time'] < STALE_SECONDS
+        # One from the future is of no clock that this one agrees with: it would hold the folder for ever.
+        return abs(time.time() - holder['time']) < STALE_SECONDS
     try:
         os.kill(holder['pid'], 0)
     except (ProcessLookupError, OverflowError):

@@ -213,3 +213,10 @@ def test_a_decoding_loop_makes_no_copy_of_shared_weights():
 def test_a_mesh_that_splits_texts_is_refused(model, params):
     with pytest.raises(InputError, match=r'mesh.context=2 must be 1'):
         Engine(model, params, mesh=make_mesh(MeshConfig(data=4, context=2)))
+
+
+def test_logits_that_are_not_finite_are_refused(model, params):
+    for factor in (1e38, jnp.nan):
+        engine = Engine(model, jax.tree.map(lambda leaf, factor=factor: leaf * factor, params))
+        with pytest.raises(InputError, match='logits are not finite'):
+            engine.prefill([[1, 2, 3]], 8)

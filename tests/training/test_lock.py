@@ -100,6 +100,10 @@ def test_a_holder_on_another_host_is_dead_after_a_minute_without_a_heartbeat(tmp
     message = refusal(tmp_path)
     assert 'process 4711 on host node7' in message
     assert f'at {STALE_SECONDS} s it counts as dead' in message
+    for seconds in (-STALE_SECONDS - 1, 1e18):  # the other one's clock is of the future: it would hold for ever
+        write_holder(tmp_path, host='node7', pid=4711, time=time.time() + seconds)
+        with locked(tmp_path):
+            pass
     write_holder(tmp_path, host='node7', pid=4711, time=time.time() - STALE_SECONDS - 1)
     with locked(tmp_path):
         assert json.loads((tmp_path / '.holder.json').read_text())['host'] == socket.gethostname()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import signal
 import types
 
@@ -176,9 +177,30 @@ def test_another_corpus_is_refused_and_the_workdir_left_alone(tiny_config, tmp_p
     with pytest.raises(InputError, match='the corpus is not the one that'):
         train(config, tmp_path / 'run')
     text.write_text('one two three ' * 100 + 'XYZ' * 99, encoding='utf-8')
-    with pytest.raises(InputError, match='the tokenizer of this config is not the one that'):
+    with pytest.raises(InputError, match=r'the corpus, or its tokenizer, is not .*data\.path'):
         train(config, tmp_path / 'run')
     assert snapshot(tmp_path / 'run') == before
+
+
+@pytest.mark.parametrize('damage', [lambda text: text[:200], lambda _: '{"version": "1.0"}', lambda _: ''])
+def test_a_damaged_tokenizer_of_the_workdir_is_restored(damage, finished_run, tiny_config, tmp_path, capfd):
+    shutil.copytree(finished_run.workdir, tmp_path / 'run')
+    path = tmp_path / 'run' / 'tokenizer.json'
+    text = path.read_text(encoding='utf-8')
+    path.write_text(damage(text), encoding='utf-8')
+    train(tiny_config({'train.steps': 7, 'schedule.decay_steps': 7}), tmp_path / 'run')
+    assert path.read_text(encoding='utf-8') == text
+    assert f'{path} was damaged, or of another model: restored' in capfd.readouterr().out
+
+
+def test_logs_without_a_checkpoint_are_kept_under_another_name(finished_run, tiny_config, tmp_path, capfd):
+    shutil.copytree(finished_run.workdir, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+    old = {name: (tmp_path / 'run' / name).read_bytes() for name in ('metrics.jsonl', 'samples.txt')}
+    train(tiny_config({'train.steps': 6}), tmp_path / 'run')
+    assert (tmp_path / 'run' / 'metrics-before-1.jsonl').read_bytes() == old['metrics.jsonl']
+    assert (tmp_path / 'run' / 'samples-before-1.txt').read_bytes() == old['samples.txt']
+    assert 'kept as metrics-before-1.jsonl' in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.data import Tokenizer
-from gpt_jax.inference.engine import pack, padded_length
+from gpt_jax.inference.engine import check_finite, pack, padded_length
 from gpt_jax.inference.generate import row_keys
 from gpt_jax.inference.sampling import Chain, Sampling
 from gpt_jax.models import GPT, attention_maps, lens_logits, residual_streams, unstack_layers
@@ -130,8 +130,9 @@ def choose(
       seed: of the draws.
 
     Raises:
-      InputError: `sampling` names a token that the vocabulary has not.
+      InputError: `sampling` names a token that the vocabulary has not, or the logits are not finite.
     """
+    check_finite(logits_V)
     chain = sampling.chain(len(logits_V), ends)
     tokens_1L, lengths_1 = pack([tokens], padded_length(len(tokens)))
     keys_1 = row_keys(np.uint32(seed), np.zeros((1, 2), np.int32))
