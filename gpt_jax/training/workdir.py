@@ -157,7 +157,7 @@ class _Lock:
             if (holder := self._read()) is not None and _alive(holder):
                 raise self._refusal(holder)
             _check_places(self._workdir)
-            remove_leftovers([self._holder])
+            remove_leftovers([self._holder, *(self._workdir / name for name in FILES)])
             self._write()
         except filelock.Timeout:
             raise self._refusal(self._read()) from None
