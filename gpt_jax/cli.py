@@ -273,6 +273,15 @@ def _quieten() -> None:
     """Libraries report what a user can do nothing about; our own lines are enough."""
     for name in ('absl', 'orbax', 'grain', 'matplotlib'):
         logging.getLogger(name).setLevel(logging.ERROR)
+    usual = sys.unraisablehook
+
+    def unless_closed_loop(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and 'loop is closed' in str(unraisable.exc_value)):
+            usual(unraisable)
+
+    # Where a read or write of a checkpoint fails, tensorstore tells of each other one, at any time later, that its
+    # event loop is closed.
+    sys.unraisablehook = unless_closed_loop
 
 
 def use_compilation_cache() -> None:

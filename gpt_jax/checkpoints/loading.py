@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,15 +68,6 @@ def orbax_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         link = pathlib.Path(place, 'folder')
         link.symlink_to(folder, target_is_directory=True)
         yield link
-
-
-def _not_closed_loops(unraisable: Any, usual: Callable[[Any], None] = sys.unraisablehook) -> None:
-    if not (isinstance(unraisable.exc_value, RuntimeError) and 'loop is closed' in str(unraisable.exc_value)):
-        usual(unraisable)
-
-
-# Where a read or write fails, tensorstore tells of each other one, at any time later, that its event loop is closed.
-sys.unraisablehook = _not_closed_loops
 
 
 # A tree of parameters (jax.ShapeDtypeStruct) -> where each of them goes; or one place for all.

@@ -535,9 +535,10 @@ class Trainer:
         self._checkpoints.wait()
         last = self._checkpoints.latest_step()
         kept = f'the last good checkpoint, step {last}, is kept' if last else 'no checkpoint had been saved yet'
+        precise = '' if self._run.precision.compute == 'f32' else ', or use precision.compute=f32'
         return InputError(
             f'{numbers} at step {step} is not finite; {kept}; '
-            'lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision.compute=f32'
+            f'lower optimizer.learning_rate or lengthen schedule.warmup_steps{precise}'
         )
 
 
