@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 
+import hypothesis
 import pytest
 
 # Read when jax starts its backend, so before any test imports it.
@@ -26,6 +27,9 @@ os.environ['XLA_FLAGS'] = ' '.join(
     )
 )
 os.environ.setdefault('MPLBACKEND', 'agg')
+# The same examples in every run: what passed here passes there. `--hypothesis-seed=N` draws others.
+hypothesis.settings.register_profile('same', derandomize=True)
+hypothesis.settings.load_profile('same')
 # One folder of compiled programs for this session and the processes that it starts: equal ones are compiled once.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='gpt_jax-xla-')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'

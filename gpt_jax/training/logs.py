@@ -356,15 +356,23 @@ def _blocks(lines: list[bytes]) -> tuple[list[tuple[int, bytes]], int]:
         elif _INDENTED.fullmatch(line) and _is_utf8(line) and blocks:
             if line.startswith(b'  ') and line[2:3] != b' ' and line in blocks[-1].lines:
                 # No preview stands twice in a block: the heading between them lost the end of line before it.
-                swallowed = re.search(rb'step (\d{1,18})\n\Z', blocks[-1].lines[-1])
-                blocks.append(_Block(int(swallowed[1]), [swallowed[0]]) if swallowed else _Block(None, []))
+                blocks.append(_swallowed(blocks[-1].lines[-1]) or _Block(None, []))
             blocks[-1].lines.append(line)
-        elif not blocks or blocks[-1].step is not None:
-            blocks.append(_Block(None, [line]))
+        else:
+            if not blocks or blocks[-1].step is not None:
+                blocks.append(_Block(None, [line]))
+            if (after := _swallowed(line)) is not None:
+                blocks.append(after)
     if lines and lines[-1].startswith(b' ') and not lines[-1].endswith(b'\n') and len(blocks) > 1:
         del blocks[-2]  # a crash tore its writing: the rest of it is worth nothing
     whole = [(block.step, b''.join(block.lines)) for block in blocks if block.step is not None]
     return whole, len(blocks) - len(whole)
+
+
+def _swallowed(line: bytes) -> _Block | None:
+    """The block that begins at the end of a damaged line, which lost the end of line before its heading; or None."""
+    heading = re.search(rb'step (\d{1,18})\n\Z', line)
+    return heading and _Block(int(heading[1]), [heading[0]])
 
 
 def _is_utf8(line: bytes) -> bool:

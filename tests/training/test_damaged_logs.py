@@ -32,14 +32,18 @@ def samples_text():
 @st.composite
 def damage(draw, parts):
     """The parts joined, with bytes changed, added or taken away at one place or two; and which parts are untouched."""
-    data, touched = bytearray(b''.join(parts)), set()
+    data, touched, last_bytes = bytearray(b''.join(parts)), [], set()
     ends = [sum(map(len, parts[: number + 1])) for number in range(len(parts))]
     for place in sorted(draw(st.sets(st.integers(0, len(data) - 1), min_size=1, max_size=2)), reverse=True):
-        touched.add(next(number for number, end in enumerate(ends) if place < end))
+        touched.append(next(number for number, end in enumerate(ends) if place < end))
+        if place + 1 in ends:
+            last_bytes.add(touched[-1])
         what = draw(st.sampled_from(['change', 'add', 'remove']))
         new = draw(st.binary(min_size=1, max_size=3)) if what != 'remove' else b''
         data[place : place + (what != 'add')] = new
-    return bytes(data), [number for number in range(len(parts)) if number not in touched]
+    # Of a part that is damaged twice, its end of line among it, nothing tells where the next one begins.
+    unclear = {number + 1 for number in last_bytes if touched.count(number) > 1}
+    return bytes(data), [number for number in range(len(parts)) if number not in unclear.union(touched)]
 
 
 @QUICKLY
