@@ -1,6 +1,7 @@
 """Training in two real processes is training in one: every device gets its own rows, whatever process it is of."""
 
 import json
+import time
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ from mesh_steps import mesh_steps
 
 from gpt_jax.errors import InputError
 from gpt_jax.training import train
+from gpt_jax.training.workdir import STALE_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +60,9 @@ def test_a_run_of_two_processes_is_refused_locks_saves_and_resumes_like_one(
     changes = {'mesh.data': 1, 'mesh.tensor': 2}
     held = tmp_path / 'held'
     held.mkdir()
-    (held / '.holder.json').write_text('{"host": "elsewhere", "pid": 7, "started": 1, "time": 1e12}')
+    # Alive for as long as two processes take to start, however slow the machine.
+    holder = {'host': 'elsewhere', 'pid': 7, 'started': 1, 'time': time.time() + STALE_SECONDS - 5}
+    (held / '.holder.json').write_text(json.dumps(holder))
     reports = two_processes(RUN, json.dumps(tiny_config(changes).to_dict()), tmp_path / 'run', held)
     refusals = [report.pop('refused') for report in reports]
     assert 'process 7 on host elsewhere' in refusals[0]
