@@ -46,6 +46,7 @@ def test_the_best_texts_are_those_of_a_search_without_a_cache(searched):
     check(searched, Beams(4, num_return_sequences=4), NEVER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('beams', 'groups'), [(4, 2), (3, 3)])
 def test_groups_avoid_what_those_before_them_take(searched, beams, groups):
     for penalty, early, diversity in itertools.product((1.0, 0.0), EARLY, (0.0, 0.7, 20.0)):
@@ -119,6 +120,7 @@ def test_filters_act_on_beams(searched):
             assert all(pairs.index(pair) == place for place, pair in enumerate(pairs) if place >= len(prompt) - 1)
 
 
+@pytest.mark.slow
 def test_a_batch_finds_what_each_prompt_finds_alone(searched):
     def find(prompts, **settings):
         return beam_search(searched.engine, prompts, Beams(4, 1.0, True, 2), StoppingCriteria(COUNT, OFTEN), **settings)

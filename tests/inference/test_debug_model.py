@@ -70,6 +70,7 @@ def test_another_text_is_looked_at_anew(inspector):
     np.testing.assert_array_equal(inspector.lens(PROMPT), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampling', SETTINGS)
 def test_it_takes_the_tokens_that_generate_takes(model, params, inspector, tokenizer, sampling):
     ((expected,),) = generate(

@@ -198,6 +198,7 @@ def test_shared_weights_are_decoded_from_without_a_copy(model, params, engine, t
         assert [r.tokens for (r,) in found] == [r.tokens for (r,) in expected]
 
 
+@pytest.mark.slow
 def test_a_decoding_loop_makes_no_copy_of_shared_weights():
     model = GPT(GPTConfig(VOCAB, BLOCK, n_layer=8, n_head=2, d_model=64))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']

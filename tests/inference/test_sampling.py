@@ -209,6 +209,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('candidates', [True, False])
 def test_draws_of_a_chain_follow_its_filters_one_after_another(candidates, monkeypatch):
     if not candidates:

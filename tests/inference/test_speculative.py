@@ -42,6 +42,7 @@ def speculated(engine, strategy, sampling, stopping, seed=0, prompt=PROMPT):
 FILTERED = Sampling(greedy=True, repetition_penalty=1.5, no_repeat_ngram_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('source', 'tokens', 'sampling'),
     [('draft', 4, FILTERED), ('lookup', 4, FILTERED), ('lookup', 1, GREEDY), ('itself', 4, GREEDY)],

@@ -110,6 +110,7 @@ def test_projections_without_a_bias_and_scores_of_another_scale_equal_numpy(conf
 # Cached decoding.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chunks', [[7] + [1] * 13, [3, 9, 1, 1, 4, 1, 1], [20], [1] * 20], ids=str)
 def test_cached_decoding_equals_the_full_forward_however_the_tokens_are_fed(config, deep, tokens, step, chunks):
     config, params = alternating(config, 3), deep(3)
@@ -152,6 +153,7 @@ def test_a_banded_layers_cache_holds_no_more_than_its_band(config):
     assert [array.shape[2] for array in short['key']] == [4, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [(8, 1, 1, 1), (2, 4, 1, 1)])
 def test_losses_and_gradients_are_the_same_on_the_data_and_fsdp_axes(config, deep, mesh):
     model, params = GPT(alternating(config, 2)), deep(2)

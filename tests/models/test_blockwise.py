@@ -58,6 +58,7 @@ def test_output_and_gradients_equal_numpy_at_any_length(batch, heads, time, head
     assert_equals_numpy(qkv_and_upstream(time, batch, heads, time, head_dim), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sequences_longer_than_sixteen_blocks_equal_numpy():
     assert_equals_numpy(qkv_and_upstream(0, 1, 1, 2100, 2), atol=5e-5)
 
@@ -70,6 +71,7 @@ def test_half_precision_stays_close_and_keeps_its_dtype(dtype, atol):
     assert_equals_numpy(arrays, atol)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(batch=st.integers(1, 2), heads=st.integers(1, 2), time=st.integers(1, 420), band=st.integers(1, 300))
 @example(batch=1, heads=1, time=1, band=1)

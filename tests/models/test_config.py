@@ -88,6 +88,7 @@ def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded
     assert dataclasses.replace(TINY, vocab_size=vocab_size).padded_vocab_size == padded
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     vocab_size=st.integers(1, 400),

@@ -28,6 +28,7 @@ def expected(config, params, tokens, targets):
     return quick.jit(jax.value_and_grad(loss_of(dataclasses.replace(config, **DEEP), tokens, targets)))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scan_layers', [False, True])
 @pytest.mark.parametrize('remat', REMAT_POLICIES)
 def test_every_policy_has_the_loss_and_gradients_of_keeping_all(

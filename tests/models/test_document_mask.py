@@ -29,6 +29,7 @@ def apart(row_1T):
     return jnp.zeros((4, 8), row_1T.dtype).at[DOCUMENTS[0], POSITIONS[0]].set(row_1T[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', FORMS)
 def test_a_packed_row_gives_the_losses_and_gradients_of_separate_forward_passes(form, config, params, tokens, targets):
     model = GPT(dataclasses.replace(config, **FORMS[form]))

@@ -74,6 +74,7 @@ def test_stacked_and_unstacked_parameters_are_seen_alike(config, params, tokens)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pattern', ['dense', 'alternating'])
 def test_scores_divided_by_the_layers_number_are_those_of_divided_queries(
     banded, banded_params, tokens, pattern, forward

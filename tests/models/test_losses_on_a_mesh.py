@@ -104,6 +104,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', MESHES, ids=lambda sizes: '_'.join(f'{axis}{size}' for axis, size in sizes.items()))
 def test_a_tied_tables_gradient_is_reduced_once_after_the_chunks_and_no_logits_are_sent(sizes, capfd):
     text, (value, gradients) = on_mesh(sizes, tie_embeddings=True)

@@ -48,6 +48,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', QUICK.values(), ids=QUICK)
 def test_the_estimate_is_within_15_percent_of_what_xla_allocates(estimate_and_truth, fields):
     memory, truth = estimate_and_truth(**fields)

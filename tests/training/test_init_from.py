@@ -298,6 +298,7 @@ def test_a_run_starts_from_the_best_step_of_another_with_a_shorter_context_on_an
     assert (record['step'], record['model']['block_size']) == (best.step, 32)
 
 
+@pytest.mark.slow
 def test_weights_arrive_on_the_devices_where_they_belong(tune_config, tiny_gpt2, tmp_path, capsys):
     changes = {'model.block_size': 8, 'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'train.steps': 1}
     # At a rate that float32 loses beside any weight a step changes nothing: what comes back is what was loaded.

@@ -22,6 +22,7 @@ def checkpoints(workdir):
     return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_what_only_shows_it(tiny_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, 'make_teacher_forced_preview', lambda *_: fail)
     monkeypatch.setattr(trainer, 'plot_loss', fail)

@@ -72,6 +72,7 @@ def test_the_learning_rate_of_each_step_is_the_schedules(finished_run):
     assert rates == pytest.approx([expected[0], 1e-2, *expected[1:]], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_validation_loss_is_that_of_every_token_of_the_split(finished_run, corpus):
     text = corpus.read_text(encoding='utf-8')
     held_out = text[int(len(text) * 0.9) :]
@@ -182,6 +183,7 @@ def test_another_corpus_is_refused_and_the_workdir_left_alone(tiny_config, tmp_p
     assert snapshot(tmp_path / 'run') == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damage', [lambda text: text[:200], lambda _: '{"version": "1.0"}', lambda _: ''])
 def test_a_damaged_tokenizer_of_the_workdir_is_restored(damage, finished_run, tiny_config, tmp_path, capfd):
     shutil.copytree(finished_run.workdir, tmp_path / 'run')
@@ -193,6 +195,7 @@ def test_a_damaged_tokenizer_of_the_workdir_is_restored(damage, finished_run, ti
     assert f'{path} was damaged, or of another model: restored' in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_logs_without_a_checkpoint_are_kept_under_another_name(finished_run, tiny_config, tmp_path, capfd):
     shutil.copytree(finished_run.workdir, tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'checkpoints')
@@ -241,6 +244,7 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_it_is_made_up_for(
     assert_same_bits(last.params, finished_run.params)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_during_its_last_evaluation_is_not_finished(tiny_config, tmp_path, monkeypatch):
     def interrupted(*arguments, **keywords):
         signal.raise_signal(signal.SIGINT)
