@@ -120,9 +120,9 @@ def check_alike(values: Mapping[str, object]) -> None:
         if other.get(name) != first.get(name)
     ]
     if found:
-        # The first to leave ends the others, which must have read its values before.
+        # Process 0 keeps the values: it leaves when the others have read them.
         client.key_value_set(f'gpt_jax/read/{call}/{index}', '')
-        for number in range(jax.process_count()):
+        for number in range(1, jax.process_count() if index == 0 else 1):
             _wait_for_value(client, f'gpt_jax/read/{call}/{number}')
         more = f' (and {len(found) - 5} more)' if len(found) > 5 else ''
         raise InputError(f'{"; ".join(found[:5])}{more}; start all processes with the same command and versions')

@@ -113,7 +113,8 @@ def train(
     Raises:
       InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
     """
-    processes.check_alike(_own(parse(config), workdir))
+    with processes.ended_together():
+        processes.check_alike(_own(parse(config), workdir))
     output = Output(jax.process_index() == 0)
     with workdirs.locked(workdir) as workdir, processes.ended_together():
         recorded = recover(workdir / 'checkpoints', output.line)
