@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import pickle
@@ -168,18 +169,21 @@ def test_a_folder_may_have_any_name(path):
 # Writing. A limit of a file's size stands for a full disk.
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk():
-    """Files hold 10 000 bytes at most for the length of a test."""
+    """Files hold 10 000 bytes at most for the length of a block: pytest's own output may be a longer one."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_the_old_file_and_is_told_in_one_line(tmp_path, small_disk):
+def test_a_full_disk_leaves_the_old_file_and_is_told_in_one_line(tmp_path):
     (tmp_path / 'file').write_text('old')
     with (
+        small_disk(),
         pytest.raises(WriteError, match=r'file cannot be written \(File too large\); free some space') as error,
         replacing(tmp_path / 'file') as file,
     ):
@@ -195,8 +199,9 @@ def foreign_library(folder):
 
 
 @pytest.mark.parametrize('write', [lambda folder: (folder / 'a').write_bytes(bytes(20_000)), foreign_library])
-def test_a_full_disk_leaves_no_folder_and_is_told_in_one_line(tmp_path, small_disk, write):
+def test_a_full_disk_leaves_no_folder_and_is_told_in_one_line(tmp_path, write):
     with (
+        small_disk(),
         pytest.raises(WriteError, match=r'b cannot be written \(File too large\)'),
         new_folder(tmp_path / 'b') as folder,
     ):
