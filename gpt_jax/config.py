@@ -36,7 +36,7 @@ from gpt_jax.files import cache_folder, check_local
 
 # Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
 # something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
-FORMAT = 3
+FORMAT = 4
 
 
 def key(
