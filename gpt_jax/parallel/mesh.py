@@ -171,6 +171,11 @@ def can_split(shape: tuple[int, ...], *names: str | None) -> bool:
     )
 
 
+def splits(name: str) -> bool:
+    """Whether the active mesh splits the logical dimension `name`, and no `per_device` has split it already."""
+    return not on_one_device() and math.prod(current_mesh().shape[a] for a in _axes(name)) > 1
+
+
 def split_axes(name: str) -> tuple[str, ...]:
     """Inside `per_device`, the mesh axes that the logical dimension `name` is split over; none outside of it."""
     return tuple(a for a in _axes(name) if current_mesh().shape[a] > 1) if _inside_per_device.get() else ()

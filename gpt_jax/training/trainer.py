@@ -189,8 +189,9 @@ class Trainer:
         # What the first weights were, for the description of checkpoints.
         self._init_from = (recorded or {}).get('init_from')
         self.mesh = make_mesh(run.mesh)
-        check_mesh(run, self.mesh.shape)
-        check_memory(run, model_config(run, run.model.vocab_size or 1), self.mesh)
+        planned = model_config(run, run.model.vocab_size or 1)
+        check_mesh(run, self.mesh.shape, planned)
+        check_memory(run, planned, self.mesh)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         alike = {
             'data': self.data.fingerprint,
