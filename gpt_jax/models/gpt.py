@@ -487,18 +487,18 @@ def preset(name: str, **changes: Any) -> GPT:
     return GPT(preset_config(name, **changes))
 
 
-def attention_kernels(config: GPTConfig, device: jax.Device, documents: bool = False) -> list[str]:
+def attention_kernels(
+    config: GPTConfig, device: jax.Device, documents: bool = False, is_split: bool = False
+) -> list[str]:
     """The kernels that training runs on a device like `device`, each once: ['cudnn'], ['blockwise', 'banded'], ...
 
-    For logs; `attention.choose_kernel` is what chooses. `documents` tells that rows hold several of them.
+    For logs; `attention.choose_kernel` is what chooses. `documents` tells that rows hold several of them,
+    `is_split` that time is split over devices.
     """
     bands = [config.band(layer) for layer in range(config.n_layer)]
     bands = [band if band is not None and band < config.block_size else None for band in bands]
-    dropout = config.attention_dropout > 0
-    kernels = (
-        attention.choose_kernel(device, config.dtype, config.head_dim, band=band, dropout=dropout, documents=documents)
-        for band in bands
-    )
+    case = {'dropout': config.attention_dropout > 0, 'documents': documents, 'is_split': is_split}
+    kernels = (attention.choose_kernel(device, config.dtype, config.head_dim, band=band, **case) for band in bands)
     return list(dict.fromkeys(kernels))
 
 

@@ -44,7 +44,7 @@ def parse_mesh(text: str) -> MeshConfig:
     An axis that is not named has size 1; one may be -1, whatever the others leave.
 
     Raises:
-      InputError: the text is no such list, names an axis twice, or `context`, which needs ring attention.
+      InputError: the text is no such list, names an axis twice, or `context`: decoding goes token by token.
     """
     way_out = 'write it as --mesh=fsdp:8,tensor:2, with sizes of data, fsdp and tensor'
     sizes: dict[str, int] = {}
@@ -57,7 +57,9 @@ def parse_mesh(text: str) -> MeshConfig:
             )
         sizes[axis] = int(size)
     if sizes.get('context', 1) != 1:
-        raise InputError(f'--mesh={text}: context splits texts over devices, which is not possible yet; {way_out}')
+        raise InputError(
+            f'--mesh={text}: context splits the tokens of a text over devices, which training alone does; {way_out}'
+        )
     return MeshConfig(**dict.fromkeys(AXES, 1) | sizes)
 
 
