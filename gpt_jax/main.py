@@ -4,6 +4,7 @@
 
 The same command again resumes where the run stopped. configs/base.py describes every key;
 --config=configs/gpt3.py:1.3b passes a config its argument. Ctrl-C, SIGTERM and SIGHUP save and exit (130, 143, 129).
+With --print_sharding it prints how every array lies on the devices, and trains nothing.
 On several hosts the same command runs on each, with --distributed; jax finds the others by itself on TPU pods, SLURM
 and the like, elsewhere name them with --coordinator, --num_processes and --process_id.
 """
@@ -11,6 +12,7 @@ and the like, elsewhere name them with --coordinator, --num_processes and --proc
 import contextlib
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
@@ -18,11 +20,17 @@ from ml_collections import config_flags
 from gpt_jax import cli
 from gpt_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
 CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run (default: runs/<config name>)')
 DISTRIBUTED = flags.DEFINE_bool('distributed', False, "one of several processes: start jax's distributed runtime")
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'with --distributed: HOST:PORT of process 0')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'with --distributed: how many processes there are')
+PRINT_SHARDING = flags.DEFINE_bool(
+    'print_sharding', False, 'print how every array lies on the devices, and its bytes on each; nothing is trained'
+)
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --distributed: which of them this is, from 0')
 
 
@@ -45,11 +53,33 @@ def main() -> int:
     from gpt_jax.training import prefer_overrides, train
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
+    if PRINT_SHARDING.value:
+        _print_sharding(config)
+        return 0
     workdir = WORKDIR.value or f'runs/{_config_name()}'
     with processes.left_at_once() if DISTRIBUTED.value else contextlib.nullcontext():
         result = train(config, workdir, sample=sample_text)
     cli.discard_output()  # where nobody reads it any more: the run is well and ends well
     return 0 if result.signal is None else 128 + result.signal
+
+
+def _print_sharding(config: 'ConfigDict') -> None:
+    """Prints the partition of every array of a run; of several processes the first one does."""
+    import jax
+
+    from gpt_jax.config import parse
+    from gpt_jax.parallel import make_mesh
+    from gpt_jax.training import resolve
+    from gpt_jax.training.layout import layout, render
+    from gpt_jax.training.recipe import find_initial_weights, planned_model
+    from gpt_jax.training.step import check_mesh
+
+    path = parse(config).train.init_from
+    run = resolve(config, None if path is None else find_initial_weights(path))
+    model, mesh = planned_model(run), make_mesh(run.mesh)
+    check_mesh(run, mesh.shape, model)
+    if jax.process_index() == 0:
+        print(render(layout(run, model, mesh), mesh))
 
 
 def _config_name() -> str:
@@ -60,4 +90,8 @@ def _config_name() -> str:
 
 
 if __name__ == '__main__':
-    cli.run(main, __doc__, ('config', 'workdir', 'distributed', 'coordinator', 'num_processes', 'process_id'))
+    cli.run(
+        main,
+        __doc__,
+        ('config', 'workdir', 'print_sharding', 'distributed', 'coordinator', 'num_processes', 'process_id'),
+    )

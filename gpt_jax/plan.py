@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from gpt_jax import planning
     from gpt_jax.config import RunConfig
-    from gpt_jax.models import GPTConfig
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
 DEVICES = flags.DEFINE_integer('devices', None, "devices to plan for (default: the topology's, else 1)")
@@ -49,6 +48,7 @@ def main() -> None:
     jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
     from gpt_jax.training import prefer_overrides, resolve
+    from gpt_jax.training.recipe import planned_model
     from gpt_jax.training.step import check_mesh
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
@@ -60,7 +60,7 @@ def main() -> None:
     kind = devices[0].device_kind if devices else DEVICE_KIND.value
     device = planning.find_device(kind, known=devices is None)
     placement = planning.Placement.of(
-        _planned_model(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
+        planned_model(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
     )
     on_cpu = bool(devices) and planning.topology_compiler(TOPOLOGY.value) == 'cpu'
 
@@ -108,20 +108,6 @@ def _recipe_section(run: 'RunConfig') -> dict[str, Any]:
         'recipe': {name: {'value': value.value, 'source': value.source} for name, value in found.items()},
         'notes': recipe.notes(model.preset),
     }
-
-
-def _planned_model(run: 'RunConfig') -> 'GPTConfig':
-    """The architecture; where the corpus decides on the vocabulary, the size that the config asks for.
-
-    A run trains a tokenizer of at most `data.vocab_size` tokens, or takes GPT-2's. Only the data tell how many
-    characters there are: 256 stand for them.
-    """
-    from gpt_jax.models import PRESETS
-    from gpt_jax.training.recipe import model_config
-
-    sizes = {'bpe': run.data.vocab_size, 'char': 256}
-    gpt2 = PRESETS['gpt2-small'].vocab_size
-    return model_config(run, run.model.vocab_size or sizes.get(run.data.tokenizer, gpt2))
 
 
 def _training_tokens(run: 'RunConfig') -> int | None:
