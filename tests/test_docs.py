@@ -26,7 +26,7 @@ from gpt_jax.models import PRESETS
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')])
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding='utf-8') for page in PAGES}
-VERBS = ('main', 'generate', 'evaluate', 'prepare', 'convert', 'plan')
+VERBS = ('main', 'generate', 'evaluate', 'prepare', 'convert', 'plan', 'prove')
 # In SUITE.md's two tables of switches the first column is the PyTorch suite's.
 SUITE_ROW = re.compile(r'^\| (`--|top-p|beam|perplexity|verbose)')
 
