@@ -26,7 +26,7 @@ from gpt_jax.models.cache import Cache, advance, init_cache, store
 from gpt_jax.models.config import ACTIVATIONS, GPTConfig, preset_config
 from gpt_jax.models.layers import INIT_STD, Dense, Dropout, LayerNorm, copy_table, embed_tokens
 from gpt_jax.models.losses import linear_cross_entropy, masked_logits
-from gpt_jax.parallel import constrain, target_device
+from gpt_jax.parallel import can_split, constrain, on_one_device, target_device
 
 Params = dict[str, Any]
 
@@ -135,6 +135,8 @@ class CausalSelfAttention(nn.Module):
             band=band,
             dropout=c.attention_dropout > 0 and self.has_rng('dropout'),
             documents=documents_BT is not None,
+            time=time,
+            splits=on_one_device() or can_split(q_BNTK.shape, 'batch', 'heads', None, 'head_dim'),
         )
         match kernel:
             case 'full':
@@ -142,6 +144,8 @@ class CausalSelfAttention(nn.Module):
                 return attention.full_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band, drop)
             case 'cudnn':
                 return attention.cudnn_attention(q_BNTK, k_BNTK, v_BNTK, c.scale, band)
+            case 'splash':
+                return attention.splash_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band)
             case 'banded':
                 return attention.banded_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band)
             case 'blockwise':
@@ -490,10 +494,8 @@ def attention_kernels(config: GPTConfig, device: jax.Device, documents: bool = F
     bands = [config.band(layer) for layer in range(config.n_layer)]
     bands = [band if band is not None and band < config.block_size else None for band in bands]
     dropout = config.attention_dropout > 0
-    kernels = (
-        attention.choose_kernel(device, config.dtype, config.head_dim, band=band, dropout=dropout, documents=documents)
-        for band in bands
-    )
+    settings = {'dropout': dropout, 'documents': documents, 'time': config.block_size}
+    kernels = (attention.choose_kernel(device, config.dtype, config.head_dim, band=band, **settings) for band in bands)
     return list(dict.fromkeys(kernels))
 
 
