@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt_jax.parallel import constrain
+from gpt_jax.parallel import constrain, on_one_device, per_device
 
 # Finite, so that a row which may see nothing (padding) gives numbers and not NaN.
 MASKED = -1e30
@@ -26,6 +26,12 @@ MAX_BLOCKS = 16
 SMALLEST_BAND_BLOCK = 8
 # Scores of a banded layer alive at once: more would only leave the CPU's caches.
 SCORE_ELEMENTS = 2**20
+
+# Lanes of a TPU's vector unit: the splash kernel cuts time into whole multiples of them.
+TPU_LANES = 128
+# The kernel's own choice would be 128, which leaves the matrix units waiting; 512 fits the vector memory of v4 to v6e
+# in float32 with heads of 256 as well, 1024 does not.
+SPLASH_BLOCKS = (512, 256, 128)
 
 # What attention keeps for its backward pass, by name: see `gpt.SAVED_NAMES`.
 OUTPUT_NAME, LOGSUMEXP_NAME = 'attention', 'attention_logsumexp'
@@ -39,11 +45,14 @@ def choose_kernel(
     band: int | None = None,
     dropout: bool = False,
     documents: bool = False,
-    is_split: bool = False,
+    time: int | None = None,
+    divides: bool = True,
+    time_is_split: bool = False,
 ) -> str:
     """The kernel for whole sequences on a device like `device`.
 
-    'full', 'cudnn', 'banded' or 'blockwise'; where time is split over devices 'full', 'ring' or 'ring_banded'.
+    'full', 'cudnn', 'splash', 'banded' or 'blockwise'; where time is split over devices 'full', 'ring' or
+    'ring_banded'.
 
     Args:
       device: one that the program is compiled for, which need not be here (`parallel.target_device`).
@@ -51,15 +60,19 @@ def choose_kernel(
       band: of the layer; None where it is dense.
       dropout: whether probabilities are dropped.
       documents: whether rows hold several documents that do not see each other.
-      is_split: whether each device has a part of the time (`ring.can_split_time`).
+      time: tokens of a sequence; None where it is not known.
+      divides: whether the mesh divides batch and heads evenly, so that each device can have some of them to itself.
+      time_is_split: whether each device has a part of the time (`ring.can_split_time`).
     """
     if dropout:
         return 'full'  # no fused kernel has dropout on the probabilities
-    if is_split:
+    if time_is_split:
         return 'ring' if band is None else 'ring_banded'
     # cuDNN would take documents only as a whole [time, keys] matrix for each row, added to the scores.
     if not documents and _cudnn_takes(device, dtype, head_dim):
         return 'cudnn'
+    if divides and _splash_takes(device, dtype, head_dim, time):
+        return 'splash'
     return 'blockwise' if band is None else 'banded'
 
 
@@ -75,6 +88,13 @@ def _cudnn_takes(device: jax.Device, dtype: jnp.dtype, head_dim: int) -> bool:
     # None before Ampere (8.0), and wider heads from Hopper (9.0) on.
     widest = 256 if capability >= (9, 0) else 128 if capability >= (8, 0) else 0
     return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= widest
+
+
+def _splash_takes(device: jax.Device, dtype: jnp.dtype, head_dim: int, time: int | None) -> bool:
+    """Whether the TPU's splash kernel has this case: it raises where it does not, or Mosaic, which compiles it."""
+    # float16 is no type of Mosaic's; wider heads than 256 are nobody's and were not tried.
+    takes = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32) and head_dim <= 256
+    return device.platform == 'tpu' and takes and time is not None and time % TPU_LANES == 0
 
 
 def visible(queries_BT: jax.Array, keys_BS: jax.Array, band: int | None) -> jax.Array:
@@ -128,6 +148,48 @@ def cudnn_attention(
     window = None if band is None else (band - 1, 0)
     settings = {'scale': scale, 'is_causal': True, 'local_window_size': window, 'implementation': 'cudnn'}
     return jax.nn.dot_product_attention(*qkv_BTNK, **settings).transpose(0, 2, 1, 3)
+
+
+def splash_attention(
+    q_BNTK: jax.Array,
+    k_BNTK: jax.Array,
+    v_BNTK: jax.Array,
+    documents_BT: jax.Array | None,
+    scale: float,
+    band: int | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The TPU's fused kernel, which skips the blocks that a mask hides wholly, forward and backward.
+
+    The compiler cannot split it: each device of the mesh runs it on its own rows and heads. Arguments and result as of
+    `blockwise_attention`; `interpret` runs it without a TPU, slowly.
+    """
+    # Imported here: Pallas takes a second, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def attend(q_BNTK, k_BNTK, v_BNTK, documents_BT):
+        heads, time = q_BNTK.shape[1:3]
+        # Its window does not count the query itself.
+        mask = splash.CausalMask((time, time)) if band is None else splash.LocalMask((time, time), (band - 1, 0), 0)
+        largest = next(size for size in SPLASH_BLOCKS if time % size == 0)
+        # Of a banded layer's blocks all keys of the window are computed: not much wider than the band.
+        size = largest if band is None else min(largest, max(TPU_LANES, 2 ** (band - 1).bit_length()))
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(*[size] * 8),
+            # Under one name both its output and its log-sum-exp: see `gpt.SAVED_NAMES`.
+            residual_checkpoint_name=OUTPUT_NAME,
+            interpret=interpret,
+        )
+        if documents_BT is None:
+            return jax.vmap(kernel)(q_BNTK, k_BNTK, v_BNTK)
+        return jax.vmap(kernel)(q_BNTK, k_BNTK, v_BNTK, splash.SegmentIds(documents_BT, documents_BT))
+
+    arrays = ((q_BNTK * scale).astype(q_BNTK.dtype), k_BNTK, v_BNTK, documents_BT)
+    if on_one_device():
+        return attend(*arrays)
+    by_head = ('batch', 'heads', None, 'head_dim')
+    return per_device(attend, [by_head, by_head, by_head, ('batch', None)], by_head)(*arrays)
 
 
 def cached_attention(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import MeshConfig
@@ -92,7 +93,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
     # Explicit axes, today's default, make linen modules fail: the compiler is to propagate what we constrain.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    settings = {'axis_names': AXES, 'axis_types': (AxisType.Auto,) * len(AXES)}
+    try:
+        return jax.make_mesh(tuple(sizes.values()), devices=devices, **settings)
+    except NotImplementedError:
+        # The axes of a TPU's torus are no products of these: some axis of it is then cut in two.
+        cut = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(cut, **settings)
 
 
 def make_abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
