@@ -235,7 +235,7 @@ SETTINGS = [
 @pytest.mark.parametrize(
     ('sizes', 'name', 'settings'),
     [(sizes, *SETTINGS[index % 3]) for index, sizes in enumerate(MIXES)],
-    ids=lambda value: '_'.join(map(str, value)),
+    ids=lambda value: value if isinstance(value, str) else '_'.join(map(str, value)),
 )
 def test_every_other_mix_has_the_losses_of_one_device(sizes, name, settings):
     check(name, sizes, **settings)
