@@ -10,7 +10,6 @@ MPI, Kubernetes, TPU pods), elsewhere with --coordinator, --num_processes and --
 
 import contextlib
 import os
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -46,18 +45,11 @@ def main() -> int:
     from gpt_jax.training import prefer_overrides, train
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
-    workdir = WORKDIR.value or f'runs/{_config_name()}'
+    workdir = WORKDIR.value or f'runs/{cli.config_name()}'
     with processes.left_at_once() if one_of_several else contextlib.nullcontext():
         result = train(config, workdir, sample=sample_text)
     cli.discard_output()  # where nobody reads it any more: the run is well and ends well
     return 0 if result.signal is None else 128 + result.signal
-
-
-def _config_name() -> str:
-    """'configs/gpt3.py:1.3b' -> 'gpt3-1.3b'."""
-    path, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
-    name = pathlib.Path(path).stem
-    return f'{name}-{argument}' if argument else name
 
 
 if __name__ == '__main__':
