@@ -177,6 +177,7 @@ def launch():
 
     def start(*commands):
         environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'PYTHONPATH': str(ROOT)}
+        environment['PATH'] = os.pathsep.join((os.path.dirname(sys.executable), environment['PATH']))
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
         new = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for command in commands]
         started.extend(new)
@@ -286,9 +287,9 @@ def test_whatever_happens_to_a_process_the_others_end_and_the_run_goes_on_to_the
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which('mpirun') is None, reason='there is no mpirun; Debian has it in openmpi-bin')
-def test_under_mpirun_the_processes_find_each_other(command, launch, undisturbed, tmp_path):
-    mpirun = ['mpirun', '-n', '2', '--allow-run-as-root', '--oversubscribe']
-    (process,) = launch([*mpirun, *command(tmp_path / 'run', '--distributed')])
+def test_under_open_mpi_the_processes_find_each_other(command, launch, undisturbed, tmp_path):
+    of_mpirun = ('-n', '2', '--allow-run-as-root', '--oversubscribe')
+    (process,) = launch(['launch/mpi.sh', *of_mpirun, '--', *command(tmp_path / 'run')[3:]])
     _, errors = ended(process, status=0)
     assert errors == []
     assert rows(tmp_path / 'run') == rows(undisturbed)
