@@ -54,6 +54,7 @@ setup(
             'nbformat>=5.10',
             'pytest>=8.0',
             'pytest-xdist>=3.6',
+            'pyyaml>=6.0',
             'ruff>=0.14',
             'tiktoken>=0.7',
         ],
