@@ -62,6 +62,7 @@ def main() -> None:
     jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
     from gpt_jax.training import prefer_overrides, resolve
+    from gpt_jax.training.recipe import planned_model
     from gpt_jax.training.step import check_mesh
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
@@ -87,7 +88,7 @@ def main() -> None:
         answer = planning.compile_step(lambda: _lower_step(run, placement, devices))
         return planning.compiled_section(TOPOLOGY.value, answer, limit, placement, device)
 
-    model, found = _planned_model(run), None
+    model, found = planned_model(run), None
     if SEARCH.value:
         placement, found = _search(run, model, count, device, devices and compiled, memory)
     else:
@@ -184,20 +185,6 @@ def _recipe_section(run: 'RunConfig') -> dict[str, Any]:
         'recipe': {name: {'value': value.value, 'source': value.source} for name, value in found.items()},
         'notes': recipe.notes(model.preset),
     }
-
-
-def _planned_model(run: 'RunConfig') -> 'GPTConfig':
-    """The architecture; where the corpus decides on the vocabulary, the size that the config asks for.
-
-    A run trains a tokenizer of at most `data.vocab_size` tokens, or takes GPT-2's. Only the data tell how many
-    characters there are: 256 stand for them.
-    """
-    from gpt_jax.models import PRESETS
-    from gpt_jax.training.recipe import model_config
-
-    sizes = {'bpe': run.data.vocab_size, 'char': 256}
-    gpt2 = PRESETS['gpt2-small'].vocab_size
-    return model_config(run, run.model.vocab_size or sizes.get(run.data.tokenizer, gpt2))
 
 
 def _training_tokens(run: 'RunConfig') -> int | None:
