@@ -26,11 +26,11 @@ SIZES = ('125m', '350m', '760m', '1.3b', '2.7b', '6.7b', '13b', '175b')
 # Of each kind a slice for each size that has room for it and divides its batch: 256 to 1,600 sequences.
 SLICES = {
     'v5e': ('2x4', '4x4', '4x4', '4x8', '8x8', '8x16', '16x16', '16x16'),
-    'v5p': ('2x2x1', '2x2x2', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x8x8', '8x8x16'),
+    'v5p': ('2x2x1', '2x2x2', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x8x8', '8x8x20'),
     'v6e': ('2x4', '2x4', '4x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
     'h100': ('8', '8', '8', '2x8', '4x8', '8x8', '16x8', '128x8'),
 }
-SHIPPED = ('13b@v5p:4x8x8 as shipped', '175b@v5p:8x8x16 as shipped')
+SHIPPED = ('13b@v5p:4x8x8 as shipped', '175b@v5p:8x8x20 as shipped')
 
 
 def main(_) -> None:

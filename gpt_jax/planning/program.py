@@ -310,25 +310,23 @@ def _first_group(attributes: str, devices: int) -> list[int]:
         return [int(pairs[1]), int(pairs[2])]
     if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
         return [int(member) for member in listed[1].split(',')]
-    iota = r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'  # [groups,size]<=[dims]T(order)
-    if found := re.search(rf'replica_groups={iota}', attributes):
-        return _iota(*found.groups())[0].tolist()
-    found = re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\]\S*?)\))? \{([^}]*)\}', attributes)
-    if found:
-        names = re.findall(r"'(\w+)'=(\d+)", found[1])
-        sizes = [int(size) for _, size in names]
-        order = re.fullmatch(iota, found[2] or '')
-        ids = _iota(*order.groups()) if order else np.arange(math.prod(sizes))
-        chosen = re.findall(r"'(\w+)'", found[3])
-        index = tuple(slice(None) if name in chosen else 0 for name, _ in names)
+    if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
+        return _iota(found[2], found[3]).reshape(_list(found[1]))[0].tolist()
+    mesh = r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}'
+    if found := re.search(mesh, attributes):
+        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
+        sizes = [int(size) for _, size in axes]
+        ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes))
+        chosen = re.findall(r"'(\w+)'", found[4])
+        index = tuple(slice(None) if name in chosen else 0 for name, _ in axes)
         return ids.reshape(sizes)[index].reshape(-1).tolist()
     return list(range(devices))
 
 
-def _iota(shape: str, dims: str, order: str | None) -> np.ndarray:
-    """XLA's short form of a list of devices: counted up over `dims`, transposed to `order`, in rows of `shape`."""
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """XLA's short form of a list of devices: counted up over `dims`, which are then transposed to `order`."""
     ids = np.arange(math.prod(_list(dims))).reshape(_list(dims))
-    return ids.transpose(_list(order) if order else range(ids.ndim)).reshape(_list(shape))
+    return ids.transpose(_list(order) if order else range(ids.ndim))
 
 
 def _list(text: str) -> list[int]:

@@ -65,7 +65,7 @@ def test_the_kind_of_a_topology_names_its_compiler():
 
 @pytest.mark.skipif(importlib.util.find_spec('jax_plugins') is not None, reason='a plugin is installed')
 def test_without_the_cuda_plugin_the_extra_is_named():
-    with pytest.raises(InputError, match=r"--topology=h100:8 needs JAX's CUDA plugin.*pip install -e '\.\[cuda12\]'"):
+    with pytest.raises(InputError, match=r"--topology=h100:8 needs JAX's CUDA plugin.*pip install -e '\.\[gpu-aot\]'"):
         topology.topology_devices('h100:8')
 
 

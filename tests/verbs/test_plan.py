@@ -4,7 +4,12 @@ import re
 
 import pytest
 
-POD = ('--config=configs/gpt3.py:175b', '--devices=512', '--config.mesh.data=1', '--config.mesh.fsdp=512')
+POD = (
+    '--config=configs/gpt3.py:175b',
+    '--devices=512',
+    *('--config.mesh.data=1', '--config.mesh.fsdp=512', '--config.mesh.tensor=1'),
+    *('--config.model.remat=none', '--config.train.accumulation_steps=1'),
+)
 
 
 def test_help_names_the_flags_and_exits_0(process):
@@ -77,7 +82,7 @@ def test_the_cpu_compiler_says_what_the_real_step_needs_beside_the_estimate(verb
     given = sum(plan['memory'][f'{name}_bytes'] for name in ('parameters', 'optimizer', 'batch'))
     assert 0 <= compiled['arguments_bytes'] - given < 64
     _, text, _ = verb('plan', *arguments[:-1], '--config.mesh.data=1')
-    assert re.search(r'^Memory of a device, by the CPU compiler \(cpu:2\)$', text, re.MULTILINE)
+    assert re.search(r'^Memory of a device, by the CPU compiler \(cpu:2, 2 simulated devices\)$', text, re.MULTILINE)
 
 
 @pytest.mark.slow
