@@ -96,9 +96,8 @@ def main() -> None:
     if length > placement.config.block_size:
         raise InputError(f'--decode_length={length} exceeds model.block_size={placement.config.block_size}')
     peak = PEAK_TFLOPS.value * 1e12 if PEAK_TFLOPS.value else device and device.peak_flops
+    check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh), placement.config)
     estimate = memory(placement)
-    # After the state has been split: an axis that divides no parameter is the plainer reason.
-    check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh))
     plan = {'name': config_flags.get_config_filename(flags.FLAGS['config']), 'device_kind': kind}
     plan |= _recipe_section(run) | planning.model_section(placement, _training_tokens(run))
     plan['memory'] = planning.memory_section(placement, estimate, limit)
@@ -143,7 +142,7 @@ def _search(
 
     def trainable(placement: planning.Placement) -> planning.Memory | None:
         try:
-            check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh))
+            check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh), model)
             return memory(placement)
         except InputError:  # an axis that divides something else of the model
             return None

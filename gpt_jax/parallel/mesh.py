@@ -45,7 +45,7 @@ def parse_mesh(text: str) -> MeshConfig:
     An axis that is not named has size 1; one may be -1, whatever the others leave.
 
     Raises:
-      InputError: the text is no such list, names an axis twice, or `context`, which needs ring attention.
+      InputError: the text is no such list, names an axis twice, or `context`: decoding goes token by token.
     """
     way_out = 'write it as --mesh=fsdp:8,tensor:2, with sizes of data, fsdp and tensor'
     sizes: dict[str, int] = {}
@@ -58,7 +58,9 @@ def parse_mesh(text: str) -> MeshConfig:
             )
         sizes[axis] = int(size)
     if sizes.get('context', 1) != 1:
-        raise InputError(f'--mesh={text}: context splits texts over devices, which is not possible yet; {way_out}')
+        raise InputError(
+            f'--mesh={text}: context splits the tokens of a text over devices, which training alone does; {way_out}'
+        )
     return MeshConfig(**dict.fromkeys(AXES, 1) | sizes)
 
 
@@ -176,6 +178,11 @@ def can_split(shape: tuple[int, ...], *names: str | None) -> bool:
     return all(
         size % math.prod(current_mesh().shape[a] for a in _axes(n)) == 0 for size, n in zip(shape, names, strict=True)
     )
+
+
+def splits(name: str) -> bool:
+    """Whether the active mesh splits the logical dimension `name`, and no `per_device` has split it already."""
+    return not on_one_device() and math.prod(current_mesh().shape[a] for a in _axes(name)) > 1
 
 
 def split_axes(name: str) -> tuple[str, ...]:

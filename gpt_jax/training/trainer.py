@@ -189,8 +189,9 @@ class Trainer:
         # What the first weights were, for the description of checkpoints.
         self._init_from = (recorded or {}).get('init_from')
         self.mesh = make_mesh(run.mesh)
-        check_mesh(run, self.mesh.shape)
-        check_memory(run, model_config(run, run.model.vocab_size or 1), self.mesh)
+        planned = model_config(run, run.model.vocab_size or 1)
+        check_mesh(run, self.mesh.shape, planned)
+        check_memory(run, planned, self.mesh)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         alike = {
             'data': self.data.fingerprint,
@@ -293,7 +294,12 @@ class Trainer:
     def logs(self):
         """Opens the logs, cut back to `start`, for the length of a block; loss.png is drawn at its end."""
         devices = f'{jax.device_count()} {jax.devices()[0].platform} device(s)'
-        kernels = attention_kernels(self.model.config, self.mesh.devices.flat[0], self._separator is not None)
+        kernels = attention_kernels(
+            self.model.config,
+            self.mesh.devices.flat[0],
+            documents=self._separator is not None,
+            is_split=self.mesh.shape['context'] > 1,
+        )
         self.say(
             f'model: {self.model.config.num_parameters:,} parameters; {self.total:,} steps of '
             f'{self._tokens_per_step:,} tokens on {devices}; attention: {" and ".join(kernels)}'

@@ -80,6 +80,15 @@ def test_dropout_makes_all_probabilities_and_documents_go_block_by_block(device)
     assert choose_kernel(device, jnp.bfloat16, 64, band=8) == ('cudnn' if device is H100 else 'banded')
 
 
+@pytest.mark.parametrize('device', [H100, TPU])
+def test_time_that_is_split_goes_round_a_ring_or_to_neighbours(device):
+    choose = functools.partial(choose_kernel, device, jnp.bfloat16, 64, is_split=True)
+    assert (choose(), choose(documents=True)) == ('ring', 'ring')
+    assert (choose(band=8), choose(band=8, documents=True)) == ('ring_banded', 'ring_banded')
+    assert choose(dropout=True) == 'full'
+    assert attention_kernels(preset_config('gpt3-125m'), device, is_split=True) == ['ring', 'ring_banded']
+
+
 @pytest.mark.parametrize(
     ('device', 'changes', 'documents', 'kernels'),
     [
