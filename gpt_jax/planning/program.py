@@ -226,7 +226,7 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = [one for name in loop.called('condition') for one in computations.get(name, ())]
-    limits = [one for one in condition if one.opcode == 'constant' and re.match(r's(32|64)\[\]', one.shape)]
+    limits = [one for one in condition if one.opcode == 'constant' and re.match(r'[su](32|64)\[\]', one.shape)]
     return int(limits[0].attributes.strip('()')) if len(limits) == 1 else None
 
 

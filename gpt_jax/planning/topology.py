@@ -44,7 +44,7 @@ dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
 device_description_str: "{kind}"
 """
 # Of NVIDIA's data sheets and architecture papers of the A100, H100, H200 and B200 (SXM), and of CUDA's table of compute
-# capabilities; `kind` is what jax calls the device, `memory` what the driver reports of it.
+# capabilities; `kind` is what jax calls the device, `memory` about what the driver reports.
 _AMPERE = {'shared': 166912, 'shared_of_core': 167936, 'cores': 108, 'units': 64, 'clock': 1.41, 'major': 8}
 _HOPPER = {'shared': 232448, 'shared_of_core': 233472, 'cores': 132, 'units': 128, 'clock': 1.98, 'major': 9}
 _BLACKWELL = _HOPPER | {'cores': 148, 'clock': 1.965, 'major': 10}
