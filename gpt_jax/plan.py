@@ -143,7 +143,7 @@ def _search(
 
     def trainable(placement: planning.Placement) -> planning.Memory | None:
         try:
-            check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh), model)
+            check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh), placement.config)
             return memory(placement)
         except InputError:  # an axis that divides something else of the model
             return None

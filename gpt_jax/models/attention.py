@@ -45,9 +45,9 @@ def choose_kernel(
     band: int | None = None,
     dropout: bool = False,
     documents: bool = False,
-    is_split: bool = False,
     time: int | None = None,
-    splits: bool = True,
+    divides: bool = True,
+    time_is_split: bool = False,
 ) -> str:
     """The kernel for whole sequences on a device like `device`.
 
@@ -60,18 +60,18 @@ def choose_kernel(
       band: of the layer; None where it is dense.
       dropout: whether probabilities are dropped.
       documents: whether rows hold several documents that do not see each other.
-      is_split: whether each device has a part of the time (`ring.can_split_time`).
       time: tokens of a sequence; None where it is not known.
-      splits: whether the mesh divides batch and heads evenly, so that each device can have some of them to itself.
+      divides: whether the mesh divides batch and heads evenly, so that each device can have some of them to itself.
+      time_is_split: whether each device has a part of the time (`ring.can_split_time`).
     """
     if dropout:
         return 'full'  # no fused kernel has dropout on the probabilities
-    if is_split:
+    if time_is_split:
         return 'ring' if band is None else 'ring_banded'
     # cuDNN would take documents only as a whole [time, keys] matrix for each row, added to the scores.
     if not documents and _cudnn_takes(device, dtype, head_dim):
         return 'cudnn'
-    if splits and _splash_takes(device, dtype, head_dim, time):
+    if divides and _splash_takes(device, dtype, head_dim, time):
         return 'splash'
     return 'blockwise' if band is None else 'banded'
 

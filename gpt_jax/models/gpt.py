@@ -134,9 +134,9 @@ class CausalSelfAttention(nn.Module):
             band=band,
             dropout=c.attention_dropout > 0 and self.has_rng('dropout'),
             documents=info.documents_BT is not None,
-            is_split=ring.can_split_time(q_BNTK.shape),
             time=time,
-            splits=on_one_device() or can_split(q_BNTK.shape, 'batch', 'heads', None, 'head_dim'),
+            divides=on_one_device() or can_split(q_BNTK.shape, 'batch', 'heads', None, 'head_dim'),
+            time_is_split=ring.can_split_time(q_BNTK.shape),
         )
         match kernel:
             case 'ring':
@@ -492,17 +492,17 @@ def preset(name: str, **changes: Any) -> GPT:
 
 
 def attention_kernels(
-    config: GPTConfig, device: jax.Device, documents: bool = False, is_split: bool = False
+    config: GPTConfig, device: jax.Device, documents: bool = False, time_is_split: bool = False
 ) -> list[str]:
     """The kernels that training runs on a device like `device`, each once: ['cudnn'], ['blockwise', 'banded'], ...
 
     For logs; `attention.choose_kernel` is what chooses. `documents` tells that rows hold several of them,
-    `is_split` that time is split over devices.
+    `time_is_split` that time is split over devices.
     """
     bands = [config.band(layer) for layer in range(config.n_layer)]
     bands = [band if band is not None and band < config.block_size else None for band in bands]
-    case = {'dropout': config.attention_dropout > 0, 'documents': documents, 'is_split': is_split}
-    case['time'] = config.block_size
+    case = {'dropout': config.attention_dropout > 0, 'documents': documents, 'time': config.block_size}
+    case['time_is_split'] = time_is_split
     kernels = (attention.choose_kernel(device, config.dtype, config.head_dim, band=band, **case) for band in bands)
     return list(dict.fromkeys(kernels))
 

@@ -298,7 +298,7 @@ class Trainer:
             self.model.config,
             self.mesh.devices.flat[0],
             documents=self._separator is not None,
-            is_split=self.mesh.shape['context'] > 1,
+            time_is_split=self.mesh.shape['context'] > 1,
         )
         self.say(
             f'model: {self.model.config.num_parameters:,} parameters; {self.total:,} steps of '

@@ -62,7 +62,7 @@ def test_cudnn_takes_types_of_16_bits(dtype, kernel):
         ({'head_dim': 264}, 'blockwise'),
         ({'time': 1000}, 'blockwise'),
         ({'time': None, 'band': 8}, 'banded'),
-        ({'splits': False}, 'blockwise'),
+        ({'divides': False}, 'blockwise'),
         ({'dropout': True}, 'full'),
     ],
 )
@@ -82,11 +82,11 @@ def test_dropout_makes_all_probabilities_and_documents_go_block_by_block(device)
 
 @pytest.mark.parametrize('device', [H100, TPU])
 def test_time_that_is_split_goes_round_a_ring_or_to_neighbours(device):
-    choose = functools.partial(choose_kernel, device, jnp.bfloat16, 64, is_split=True)
+    choose = functools.partial(choose_kernel, device, jnp.bfloat16, 64, time_is_split=True)
     assert (choose(), choose(documents=True)) == ('ring', 'ring')
     assert (choose(band=8), choose(band=8, documents=True)) == ('ring_banded', 'ring_banded')
     assert choose(dropout=True) == 'full'
-    assert attention_kernels(preset_config('gpt3-125m'), device, is_split=True) == ['ring', 'ring_banded']
+    assert attention_kernels(preset_config('gpt3-125m'), device, time_is_split=True) == ['ring', 'ring_banded']
 
 
 @pytest.mark.parametrize(
