@@ -136,6 +136,8 @@ def read_program(text: str, device: Device | None, devices: int, torus: Sequence
                 chained.add(key)
             group = _first_group(instruction.attributes, devices)
             size = sum(_bytes(shapes.get(name, '')) for name in instruction.operands)
+            if kind == 'all-reduce' and _is_cut(instruction, computations[inside]):
+                kind = 'reduce-scatter'
             whole, sent = _volume(kind, size, len(group))
             per_host = device.per_host if is_gpu else devices
             hosts = len({member // per_host for member in group})
@@ -219,6 +221,11 @@ def _executed(
                 for one, inside, count, known in _executed(computations, called, times, is_known):
                     if one.opcode.removesuffix('-start') in COLLECTIVES:
                         yield one, inside, count, known
+
+
+def _is_cut(instruction: Instruction, computation: list[Instruction]) -> bool:
+    """Whether an all-reduce is a reduce-scatter as the TPU compiler writes it: its kernel keeps a part of it alone."""
+    return any(one.is_root and one.opcode == 'dynamic-slice' for one in computation if instruction.name in one.operands)
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:

@@ -102,6 +102,63 @@ ENTRY %main.1_spmd (a: f32[8]) -> f32[8] {
     assert [_bytes(shape) for shape in ('pred[3]', 's4[4]', 'f8e4m3fn[2,3]', '(f32[], token[])')] == [3, 2, 6, 4]
 
 
+def test_an_all_reduce_that_is_cut_in_its_kernel_is_a_reduce_scatter():
+    text = """
+%all-reduce-scatter (p: f32[64,32], i: s32[]) -> f32[16,32] {
+  %p = f32[64,32]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %sum = f32[64,32]{1,0:T(8,128)} all-reduce(%p), channel_id=3, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %cut = f32[16,32]{1,0} dynamic-slice(%sum, %i, %i), dynamic_slice_sizes={16,32}
+}
+
+ENTRY %main (a: f32[64,32], b: s32[]) -> f32[16,32] {
+  %a = f32[64,32]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %f = f32[16,32]{1,0} fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+    (one,) = read_program(text, V5E, 8).collectives
+    assert (one.kind, one.devices, one.count, one.sent_bytes) == ('reduce-scatter', 4, 1, 64 * 32 * 4 * 3 // 4)
+
+
+def test_a_collective_that_a_tpu_spreads_over_kernels_counts_once_a_turn():
+    step = """
+%step.{n} (p: bf16[8,32]) -> bf16[32,32] {{
+  %p.{n} = bf16[8,32]{{1,0}} parameter(0)
+  ROOT %gather.{n} = bf16[32,32]{{1,0}} all-gather(%p.{n}), channel_id=7, replica_groups=[2,4]<=[8], dimensions={{0}}, \
+frontend_attributes={{chain_id="0"}}
+}}
+"""
+    text = (
+        ''.join(step.format(n=n) for n in range(3))
+        + """
+%turn (t: (u32[], bf16[8,32])) -> (u32[], bf16[8,32]) {
+  %t = (u32[], bf16[8,32]{1,0}) parameter(0)
+  %x = bf16[8,32]{1,0} get-tuple-element(%t), index=1
+  %f.0 = bf16[32,32]{1,0} fusion(%x), kind=kCustom, calls=%step.0
+  %f.1 = bf16[32,32]{1,0} fusion(%x), kind=kCustom, calls=%step.1
+  ROOT %f.2 = bf16[32,32]{1,0} fusion(%x), kind=kCustom, calls=%step.2
+}
+
+%more (t: (u32[], bf16[8,32])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(6)
+  %u = (u32[], bf16[8,32]{1,0}) parameter(0)
+  %now = u32[] get-tuple-element(%u), index=0
+  ROOT %less = pred[] compare(%now, %limit), direction=LT
+}
+
+ENTRY %main (a: (u32[], bf16[8,32])) -> (u32[], bf16[8,32]) {
+  %a = (u32[], bf16[8,32]{1,0}) parameter(0)
+  ROOT %loop = (u32[], bf16[8,32]{1,0}) while(%a), condition=%more, body=%turn
+}
+"""
+    )
+    program = read_program(text, V5E, 8)
+    assert program.unknown_loops == 0
+    (one,) = program.collectives
+    assert (one.kind, one.count, one.sent_bytes) == ('all-gather', 6, 6 * 8 * 32 * 2 * 3)
+
+
 def test_a_ring_has_the_links_of_its_group():
     assert ring_bandwidth(H100, 8, 1, 32) == 450e9
     assert ring_bandwidth(H100, 4, 4, 32) == 50e9  # one of each host: its own network port
