@@ -81,7 +81,8 @@ def main() -> None:
 
     def memory(placement: planning.Placement) -> planning.Memory:
         if placement.mesh not in states:
-            states[placement.mesh] = _abstract_state(run, placement)
+            known = next(iter(states.values()), None)
+            states[placement.mesh] = _abstract_state(run, placement) if known is None else _moved(known, placement)
         return planning.training_memory(placement, states[placement.mesh], compiler == 'cpu')
 
     def compiled(placement: planning.Placement) -> dict[str, Any]:
@@ -211,6 +212,18 @@ def _abstract_state(run: 'RunConfig', placement: 'planning.Placement', mesh: Any
     if mesh is None:
         mesh = make_abstract_mesh(placement.mesh, placement.devices)
     return abstract_state(GPT(placement.config), optimizer, mesh)
+
+
+def _moved(state: Any, placement: 'planning.Placement') -> Any:
+    """An abstract state on the mesh of `placement`: its shapes are the same on each, and cost a second to find."""
+    import jax
+
+    from gpt_jax.parallel import make_abstract_mesh, tree_shardings
+
+    shardings = tree_shardings(make_abstract_mesh(placement.mesh, placement.devices), state.params, state)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+    )
 
 
 def _lower_step(run: 'RunConfig', placement: 'planning.Placement', devices: 'Sequence[jax.Device]') -> Any:
