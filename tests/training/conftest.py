@@ -47,8 +47,11 @@ class Lab:
             spikes=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spikes),
             ema=None if ema is None else state.params,
         )
-        state = jax.tree.map(lambda leaf, described: np.asarray(leaf, described.dtype), state, self._abstract)
-        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self._abstract))
+        described, structure = jax.tree.flatten(self._abstract)
+        leaves = zip(jax.tree.leaves(state), described, strict=True)
+        return structure.unflatten(
+            [jax.device_put(np.asarray(leaf, wanted.dtype), wanted.sharding) for leaf, wanted in leaves]
+        )
 
     def put(self, batch):
         """Arrays [batch, time] on the devices of the mesh, as a step takes them."""

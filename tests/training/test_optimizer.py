@@ -314,16 +314,9 @@ def test_no_multipliers_are_no_rules(text):
 
 
 def test_the_last_rule_that_gives_a_factor_wins():
-    rules = parse_multipliers(
-        '.*:lr=0 ; blocks/mlp/.*: lr=2.0, decay=0.5; blocks/mlp/up/kernel:decay=0;ln_f/scale:lr=1'
-    )
-    names = {
-        'wte': 0.0,
-        'blocks/mlp/up/kernel': 2.0,
-        'blocks/mlp/down/kernel': 2.0,
-        'ln_f/scale': 1.0,
-        'ln_f/bias': 0.0,
-    }
+    text = '.*:lr=0 ; blocks/mlp/.*: lr=2.0, decay=0.5; blocks/mlp/up/kernel:decay=0;ln_f/scale:lr=1'
+    rules, up, down = parse_multipliers(text), 'blocks/mlp/up/kernel', 'blocks/mlp/down/kernel'
+    names = {'wte': 0.0, up: 2.0, down: 2.0, 'ln_f/scale': 1.0, 'ln_f/bias': 0.0}
     rates, decays = (
         {jax.tree_util.keystr(path, simple=True, separator='/'): value for path, value in found}
         for found in (

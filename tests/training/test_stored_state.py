@@ -108,7 +108,7 @@ EVERYTHING = {
     'precision.params': 'bf16',
     'precision.moments': 'bf16',
     'schedule.shape': 'wsd',
-    'schedule.batch_ramp_tokens': 1500,
+    'schedule.batch_ramp_tokens': 700,
     'schedule.initial_batch_size': 8,
     'train.spike_loss_deviations': 9.0,
     'train.spike_window_steps': 3,
@@ -122,15 +122,17 @@ def with_everything(tiny_config, tmp_path_factory):
     return train(tiny_config(EVERYTHING), tmp_path_factory.mktemp('everything') / 'run')
 
 
+@pytest.mark.slow
 def test_rows_count_the_tokens_of_a_growing_batch_and_measure_the_average_too(with_everything):
     rows = rows_of(with_everything.workdir)
-    assert [row['tokens'] for row in rows] == (32 * np.cumsum([8, 8, 8, 8, 8, 8])).tolist()
+    assert [row['tokens'] for row in rows] == (32 * np.cumsum([8, 8, 8, 16, 16, 16])).tolist()
     validation = rows_of(with_everything.workdir, 'val_loss')
     assert all(row['val_loss_ema'] != row['val_loss'] for row in validation)
     # The average of a run that learns lags behind.
     assert validation[-1]['val_loss_ema'] > validation[-1]['val_loss']
 
 
+@pytest.mark.slow
 def test_the_average_is_loaded_by_its_name_and_everything_in_float32(with_everything):
     raw, average = (load(resolve(with_everything.workdir, weights=weights)).params for weights in ('raw', 'ema'))
     assert dtypes(raw) == dtypes(average) == {'float32'}
@@ -157,7 +159,7 @@ def test_all_of_it_is_resumed_to_the_bit(with_everything, tiny_config, tmp_path,
     assert_same_bits(raw, load(with_everything.workdir).params)
     assert [row['loss'] for row in rows_of(tmp_path)] == [row['loss'] for row in rows_of(with_everything.workdir)]
     # What grows otherwise than it did is refused, by name.
-    with pytest.raises(InputError, match=r'schedule\.batch_ramp_tokens=1500 and schedule\.initial_batch_size=8'):
+    with pytest.raises(InputError, match=r'schedule\.batch_ramp_tokens=700 and schedule\.initial_batch_size=8'):
         train(tiny_config(EVERYTHING | {'schedule.batch_ramp_tokens': None, 'train.steps': 9}), tmp_path)
     # An average that is asked for later begins where the run is then.
     plain = {name: value for name, value in EVERYTHING.items() if name != 'optimizer.ema_decay'}
