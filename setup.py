@@ -41,6 +41,8 @@ setup(
     extras_require={
         'cuda12': ['jax[cuda12]>=0.10'],
         'cuda13': ['jax[cuda13]>=0.10'],
+        # The compiler without the libraries that run on a GPU; cuDNN's attention kernels are made at compile time.
+        'gpu-aot': ['jax[cuda12-local]>=0.10', 'nvidia-cudnn-cu12>=9.8,<10'],
         'tpu': ['jax[tpu]>=0.10'],
         'tpu-aot': ['libtpu>=0.0.30'],
         'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
@@ -51,6 +53,7 @@ setup(
             'nbclient>=0.10',
             'nbformat>=5.10',
             'pytest>=8.0',
+            'pytest-xdist>=3.6',
             'ruff>=0.14',
             'tiktoken>=0.7',
         ],

@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from gpt_jax import signals
 from gpt_jax.config import FIELDS, help_text
@@ -155,6 +156,13 @@ def read_experiment(flag: flags.FlagHolder) -> ConfigDict:
     for section, key in _unset_keys(sys.argv):
         flag.value[section][key] = None
     return flag.value
+
+
+def config_name() -> str:
+    """The experiment of --config as a name of folders: 'configs/gpt3.py:1.3b' -> 'gpt3-1.3b'."""
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+    name = pathlib.Path(path).stem
+    return f'{name}-{argument}' if argument else name
 
 
 # ml_collections would read the None as a number, or as the text 'None'.

@@ -3,13 +3,21 @@
     python -m gpt_jax.plan --config=configs/gpt3.py:13b --devices=256 --device_kind='TPU v5p' --config.mesh.fsdp=256
 
 Nothing is trained and nothing large is allocated. With --topology the real training step is compiled for devices that
-need not be here, and the compiler's own account of its memory stands beside the estimate: v5p:8x8x8 by the TPU compiler
-(pip install -e '.[tpu-aot]'), h100:8 by the GPU's (pip install -e '.[cuda12]'), cpu:8 by the CPU's.
+need not be here, and the compiler's own account of its memory, and of what devices send each other, stands beside the
+estimate: v5p:8x8x8 by the TPU compiler (pip install -e '.[tpu-aot]'); a100, h100, h200 and b200 by the GPU's (pip
+install -e '.[gpu-aot]'), as h100:8, or h100:4x8 for 4 hosts of 8 (an 8 is that of a host's GPUs wherever it stands:
+h100:8x4 is the same), with the step's roofline; cpu:8 by the CPU's.
+
+With --search mesh, rematerialisation and micro-batches are found that train fastest by estimate on these devices, the
+compiler certifies that the best of them fits, and the flags to paste are printed:
+
+    python -m gpt_jax.plan --config=configs/gpt3.py:1.3b --topology=v5e:4x8 --search
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     from gpt_jax import planning
     from gpt_jax.config import RunConfig
     from gpt_jax.models import GPTConfig
+    from gpt_jax.parallel.devices import Device
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'path to config file.')
 DEVICES = flags.DEFINE_integer('devices', None, "devices to plan for (default: the topology's, else 1)")
@@ -33,9 +42,13 @@ MFU = flags.DEFINE_float('mfu', 0.4, 'share of the peak that training uses, abov
 DOLLARS = flags.DEFINE_float('dollars_per_device_hour', None, 'price of one device for an hour')
 BATCH = flags.DEFINE_integer('decode_batch', 1, 'sequences of the key-value cache')
 LENGTH = flags.DEFINE_integer('decode_length', None, 'tokens of the key-value cache (default: model.block_size)')
-TOPOLOGY = flags.DEFINE_string('topology', None, 'devices to compile the step for: v5p:8x8x8, h100:8, cpu:8')
+TOPOLOGY = flags.DEFINE_string('topology', None, 'devices to compile the step for: v5p:8x8x8, h100:8, h100:4x8, cpu:8')
+SEARCH = flags.DEFINE_bool('search', False, 'find the fastest mesh, remat and micro-batches that fit the devices')
 VERIFY = flags.DEFINE_bool('verify', False, 'with --topology: compile the first change that is proposed, too')
 JSON = flags.DEFINE_bool('json', False, 'print one JSON object')
+
+# How often a search asks the compiler, which takes minutes for a large model.
+MOST_COMPILES = 4
 
 
 def main() -> None:
@@ -58,26 +71,32 @@ def main() -> None:
         raise InputError(f'--devices={count}, but --topology={TOPOLOGY.value} has {len(devices)}; leave --devices out')
     kind = devices[0].device_kind if devices else DEVICE_KIND.value
     device = planning.find_device(kind, known=devices is None)
-    placement = planning.Placement.of(
-        _planned_model(run), run.mesh, count, run.train.batch_size, run.train.accumulation_steps
-    )
-    on_cpu = bool(devices) and planning.topology_compiler(TOPOLOGY.value) == 'cpu'
+    compiler = planning.topology_compiler(TOPOLOGY.value) if devices else None
+    if device and compiler == 'gpu':
+        device = dataclasses.replace(device, per_host=planning.gpu_hosts(TOPOLOGY.value)[1])
+    limit = device and device.memory_bytes
+    states: dict[Any, Any] = {}  # by their mesh: the same for every policy and number of micro-batches
 
     def memory(placement: planning.Placement) -> planning.Memory:
-        return planning.training_memory(placement, _abstract_state(run, placement), on_cpu)
+        if placement.mesh not in states:
+            states[placement.mesh] = _abstract_state(run, placement)
+        return planning.training_memory(placement, states[placement.mesh], compiler == 'cpu')
 
     def compiled(placement: planning.Placement) -> dict[str, Any]:
         answer = planning.compile_step(lambda: _lower_step(run, placement, devices))
-        return planning.compiled_section(TOPOLOGY.value, answer, limit)
+        return planning.compiled_section(TOPOLOGY.value, answer, limit, placement, device)
 
+    model, found = _planned_model(run), None
+    if SEARCH.value:
+        placement, found = _search(run, model, count, device, devices and compiled, memory)
+    else:
+        placement = planning.Placement.of(model, run.mesh, count, run.train.batch_size, run.train.accumulation_steps)
     length = LENGTH.value or placement.config.block_size
     if length > placement.config.block_size:
         raise InputError(f'--decode_length={length} exceeds model.block_size={placement.config.block_size}')
     peak = PEAK_TFLOPS.value * 1e12 if PEAK_TFLOPS.value else device and device.peak_flops
-    limit = device and device.memory_bytes
+    check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh), placement.config)
     estimate = memory(placement)
-    # After the state has been split: an axis that divides no parameter is the plainer reason.
-    check_mesh(run, dataclasses.asdict(placement.mesh))
     plan = {'name': config_flags.get_config_filename(flags.FLAGS['config']), 'device_kind': kind}
     plan |= _recipe_section(run) | planning.model_section(placement, _training_tokens(run))
     plan['memory'] = planning.memory_section(placement, estimate, limit)
@@ -85,16 +104,72 @@ def main() -> None:
     flops = plan['training_flops']['total']
     plan['cost'] = planning.cost_section(placement, flops, peak, MFU.value, DOLLARS.value)
     fits = limit is None or estimate.total <= limit
+    if found:
+        plan['search'] = found
     if devices:
-        plan['compiled'] = compiled(placement)
+        plan['compiled'] = found.pop('compiled') if found else compiled(placement)
         fits = plan['compiled']['fits']
         limit = plan['compiled']['available_bytes'] or limit
-    if not fits:
-        found, any_fits = planning.advice(placement, limit, memory)
-        plan['advice'] = planning.advice_section(placement, found, any_fits)
+    if not fits and not found:
+        changes, any_fits = planning.advice(placement, limit, memory)
+        plan['advice'] = planning.advice_section(placement, changes, any_fits)
         if devices and VERIFY.value and any_fits:
-            plan['advice']['verified'] = compiled(found[0][0])
+            plan['advice']['verified'] = compiled(changes[0][0])
     print(json.dumps(plan, allow_nan=False) if JSON.value else planning.render(plan))
+
+
+def _search(
+    run: 'RunConfig',
+    model: 'GPTConfig',
+    count: int,
+    device: 'Device | None',
+    compiled: Callable[['planning.Placement'], dict[str, Any]] | None,
+    memory: Callable[['planning.Placement'], 'planning.Memory'],
+) -> tuple['planning.Placement', dict[str, Any]]:
+    """The way to train that the compiler certified, or the estimate's best; and what was found on the way.
+
+    `compiled` asks the compiler, at most `MOST_COMPILES` times; None: nothing is compiled.
+    """
+    from gpt_jax import planning
+    from gpt_jax.training.step import check_mesh
+
+    if device is None or device.memory_bandwidth is None:
+        raise InputError(
+            '--search needs devices that are known: --topology=h100:8, v5p:4x4x4, ..., or --devices with --device_kind'
+        )
+    started = time.monotonic()
+
+    def trainable(placement: planning.Placement) -> planning.Memory | None:
+        try:
+            check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh), placement.config)
+            return memory(placement)
+        except InputError:  # an axis that divides something else of the model
+            return None
+
+    shape = planning.torus(TOPOLOGY.value) if TOPOLOGY.value else ()
+    ranking, tried = planning.search(model, run.train.batch_size, count, device, trainable, shape)
+    fits = ranking[0].memory.total <= device.memory_bytes
+    found = planning.search_section(ranking, tried, fits, time.monotonic() - started)
+    found |= {'certified': None, 'refused': [], 'compiled': None}
+    place: int | None = 0
+    while compiled is not None and place is not None and len(found['refused']) < MOST_COMPILES:
+        section = compiled(ranking[place].placement)
+        found['compiled'] = found['compiled'] or section
+        verdict = {'flags': ranking[place].flags} | {
+            key: section[key] for key in ('fits', 'needed_bytes', 'available_bytes')
+        }
+        if section['fits']:
+            found |= {'certified': verdict, 'compiled': section}
+            return ranking[place].placement, found
+        found['refused'].append(verdict)
+        place = planning.next_smaller(ranking, place, section['needed_bytes'], section['available_bytes'])
+    return ranking[0].placement, found
+
+
+def _planned_run(run: 'RunConfig', placement: 'planning.Placement') -> 'RunConfig':
+    """The run with what a placement says of it."""
+    train = dataclasses.replace(run.train, accumulation_steps=placement.accumulation_steps)
+    return dataclasses.replace(run, mesh=placement.mesh, train=train)
 
 
 def _recipe_section(run: 'RunConfig') -> dict[str, Any]:
@@ -183,6 +258,8 @@ def _check_flags() -> None:
         # Wider than anything real, and narrow enough that no product of them is infinite.
         if flag.value is not None and not 1e-9 <= flag.value <= 1e12:
             raise InputError(f'--{flag.name}={flag.value} must be above 0, and at most 1e12')
+    if SEARCH.value and VERIFY.value:
+        raise InputError('--search and --verify exclude each other: a search asks the compiler itself')
     if VERIFY.value and not TOPOLOGY.value:
         raise InputError('--verify needs --topology: it is a compiler that verifies')
 
@@ -201,6 +278,7 @@ if __name__ == '__main__':
             'decode_batch',
             'decode_length',
             'topology',
+            'search',
             'verify',
             'json',
         ),

@@ -30,10 +30,12 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 # The same examples in every run: what passed here passes there. `--hypothesis-seed=N` draws others.
 hypothesis.settings.register_profile('same', derandomize=True)
 hypothesis.settings.load_profile('same')
-# One folder of compiled programs for this session and the processes that it starts: equal ones are compiled once.
-os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='gpt_jax-xla-')
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
-atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+# One folder of compiled programs for this session, its workers (`-n`) and the processes that it starts: equal ones are
+# compiled once.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='gpt_jax-xla-')
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
+    atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every process that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -47,6 +49,12 @@ MANY_MAPS = 20_000
 sys.path.insert(0, str(ROOT))  # configs/ is not installed
 
 WORDS = ('the', 'a', 'quick', 'brown', 'fox', 'café', 'naïve', 'jumps', 'over', 'dog', 'straße', 'sleeps', 'under')
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: a worker for each core, but no more than 8, as each takes 1 to 2 GB."""
+    return min(8, os.cpu_count() or 1)
 
 
 @pytest.fixture(autouse=True, scope='module')

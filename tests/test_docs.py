@@ -26,7 +26,7 @@ from gpt_jax.models import PRESETS
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')])
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding='utf-8') for page in PAGES}
-VERBS = ('main', 'generate', 'evaluate', 'prepare', 'convert', 'plan')
+VERBS = ('main', 'generate', 'evaluate', 'prepare', 'convert', 'plan', 'prove')
 # In SUITE.md's two tables of switches the first column is the PyTorch suite's.
 SUITE_ROW = re.compile(r'^\| (`--|top-p|beam|perplexity|verbose)')
 
@@ -36,6 +36,7 @@ NOT_RUN = {
     r'docker |mkdir -p runs$': 'needs a Docker engine',
     r'(GPT_JAX_GPT2_FILES=DIR )?(python -m )?pytest( |$)|\.ci/run': 'would run the tests within the tests',
     r'.* --distributed ': 'needs two hosts; tests/training trains in two processes',
+    r'python -m gpt_jax.prove ': 'starts the program again and again; tests/verbs proves a run of its own',
     r'.* --topology=': 'needs libtpu and minutes; tests/verbs compiles a small step where libtpu is there',
 }
 

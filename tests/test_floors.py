@@ -16,7 +16,7 @@ FLOORS = (
     {'training', 'inference', 'evaluation', 'planning'},
     {'cli'},
 )
-VERBS = {'main', 'generate', 'evaluate', 'prepare', 'convert', 'plan'}
+VERBS = {'main', 'generate', 'evaluate', 'prepare', 'convert', 'plan', 'prove'}
 FREE = {'', 'config', 'errors', 'files', 'signals'}  # the ground: gpt_jax itself (its version) and four modules
 # Who alone may import what.
 RESERVED = {'ml_collections': VERBS | {'cli', 'config'}, 'absl.flags': VERBS | {'cli'}, 'configs': set()}

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from gpt_jax.parallel import constrain, on_one_device, per_device
+
 # Finite, so that a row which may see nothing (padding) gives numbers and not NaN.
 MASKED = -1e30
 
@@ -24,6 +26,12 @@ MAX_BLOCKS = 16
 SMALLEST_BAND_BLOCK = 8
 # Scores of a banded layer alive at once: more would only leave the CPU's caches.
 SCORE_ELEMENTS = 2**20
+
+# Lanes of a TPU's vector unit: the splash kernel cuts time into whole multiples of them.
+TPU_LANES = 128
+# The kernel's own choice would be 128, which leaves the matrix units waiting; 512 fits the vector memory of v4 to v6e
+# in float32 with heads of 256 as well, 1024 does not.
+SPLASH_BLOCKS = (512, 256, 128)
 
 # What attention keeps for its backward pass, by name: see `gpt.SAVED_NAMES`.
 OUTPUT_NAME, LOGSUMEXP_NAME = 'attention', 'attention_logsumexp'
@@ -37,8 +45,14 @@ def choose_kernel(
     band: int | None = None,
     dropout: bool = False,
     documents: bool = False,
+    time: int | None = None,
+    divides: bool = True,
+    time_is_split: bool = False,
 ) -> str:
-    """The kernel for whole sequences on a device like `device`: 'full', 'cudnn', 'banded' or 'blockwise'.
+    """The kernel for whole sequences on a device like `device`.
+
+    'full', 'cudnn', 'splash', 'banded' or 'blockwise'; where time is split over devices 'full', 'ring' or
+    'ring_banded'.
 
     Args:
       device: one that the program is compiled for, which need not be here (`parallel.target_device`).
@@ -46,12 +60,19 @@ def choose_kernel(
       band: of the layer; None where it is dense.
       dropout: whether probabilities are dropped.
       documents: whether rows hold several documents that do not see each other.
+      time: tokens of a sequence; None where it is not known.
+      divides: whether the mesh divides batch and heads evenly, so that each device can have some of them to itself.
+      time_is_split: whether each device has a part of the time (`ring.can_split_time`).
     """
     if dropout:
         return 'full'  # no fused kernel has dropout on the probabilities
+    if time_is_split:
+        return 'ring' if band is None else 'ring_banded'
     # cuDNN would take documents only as a whole [time, keys] matrix for each row, added to the scores.
     if not documents and _cudnn_takes(device, dtype, head_dim):
         return 'cudnn'
+    if divides and _splash_takes(device, dtype, head_dim, time):
+        return 'splash'
     return 'blockwise' if band is None else 'banded'
 
 
@@ -67,6 +88,13 @@ def _cudnn_takes(device: jax.Device, dtype: jnp.dtype, head_dim: int) -> bool:
     # None before Ampere (8.0), and wider heads from Hopper (9.0) on.
     widest = 256 if capability >= (9, 0) else 128 if capability >= (8, 0) else 0
     return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= widest
+
+
+def _splash_takes(device: jax.Device, dtype: jnp.dtype, head_dim: int, time: int | None) -> bool:
+    """Whether the TPU's splash kernel has this case: it raises where it does not, or Mosaic, which compiles it."""
+    # float16 is no type of Mosaic's; wider heads than 256 are nobody's and were not tried.
+    takes = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32) and head_dim <= 256
+    return device.platform == 'tpu' and takes and time is not None and time % TPU_LANES == 0
 
 
 def visible(queries_BT: jax.Array, keys_BS: jax.Array, band: int | None) -> jax.Array:
@@ -96,12 +124,17 @@ def full_attention(
     band: int | None,
     drop: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Attention by all its probabilities, [batch, heads, time, time] in float32, which `drop` is applied to."""
+    """Attention by all its probabilities, [batch, heads, time, time] in float32, which `drop` is applied to.
+
+    Where time is split over devices each has the probabilities of its own queries, and all keys and values.
+    """
+    k_BNTK, v_BNTK = (constrain(y_BNTK, 'batch', 'heads', None, 'head_dim') for y_BNTK in (k_BNTK, v_BNTK))
     order_1T = jnp.arange(q_BNTK.shape[2])[None]
     mask_BTS = visible(order_1T, order_1T, band)
     if documents_BT is not None:
         mask_BTS = mask_BTS & (documents_BT[:, :, None] == documents_BT[:, None, :])
     weights_BNTS = drop(attention_weights(q_BNTK, k_BNTK, mask_BTS, scale))
+    weights_BNTS = constrain(weights_BNTS, 'batch', 'heads', 'time', None)
     return jnp.einsum('BNTS,BNSK->BNTK', weights_BNTS.astype(q_BNTK.dtype), v_BNTK)
 
 
@@ -114,6 +147,48 @@ def cudnn_attention(
     window = None if band is None else (band - 1, 0)
     settings = {'scale': scale, 'is_causal': True, 'local_window_size': window, 'implementation': 'cudnn'}
     return jax.nn.dot_product_attention(*qkv_BTNK, **settings).transpose(0, 2, 1, 3)
+
+
+def splash_attention(
+    q_BNTK: jax.Array,
+    k_BNTK: jax.Array,
+    v_BNTK: jax.Array,
+    documents_BT: jax.Array | None,
+    scale: float,
+    band: int | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The TPU's fused kernel, which skips the blocks that a mask hides wholly, forward and backward.
+
+    The compiler cannot split it: each device of the mesh runs it on its own rows and heads. Arguments and result as of
+    `blockwise_attention`; `interpret` runs it without a TPU, slowly.
+    """
+    # Imported here: Pallas takes a second, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def attend(q_BNTK, k_BNTK, v_BNTK, documents_BT):
+        heads, time = q_BNTK.shape[1:3]
+        # Its window does not count the query itself.
+        mask = splash.CausalMask((time, time)) if band is None else splash.LocalMask((time, time), (band - 1, 0), 0)
+        largest = next(size for size in SPLASH_BLOCKS if time % size == 0)
+        # Of a banded layer's blocks all keys of the window are computed: not much wider than the band.
+        size = largest if band is None else min(largest, max(TPU_LANES, 2 ** (band - 1).bit_length()))
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(*[size] * 8),
+            # Under one name both its output and its log-sum-exp: see `gpt.SAVED_NAMES`.
+            residual_checkpoint_name=OUTPUT_NAME,
+            interpret=interpret,
+        )
+        if documents_BT is None:
+            return jax.vmap(kernel)(q_BNTK, k_BNTK, v_BNTK)
+        return jax.vmap(kernel)(q_BNTK, k_BNTK, v_BNTK, splash.SegmentIds(documents_BT, documents_BT))
+
+    arrays = ((q_BNTK * scale).astype(q_BNTK.dtype), k_BNTK, v_BNTK, documents_BT)
+    if on_one_device():
+        return attend(*arrays)
+    by_head = ('batch', 'heads', None, 'head_dim')
+    return per_device(attend, [by_head, by_head, by_head, ('batch', None)], by_head)(*arrays)
 
 
 def cached_attention(
@@ -179,17 +254,35 @@ def banded_attention(
 
 def _attend(q_QK, k_SK, v_SK, visible_QS, scale):
     """Attention of one block of queries, or of many at once (leading dimensions), and its log-sum-exp."""
-    scores_QS = jnp.where(visible_QS, _f32_einsum('...QK,...SK->...QS', q_QK, k_SK) * scale, -jnp.inf)
-    peak_Q1 = jnp.max(scores_QS, axis=-1, keepdims=True)
-    weights_QS = jnp.exp(scores_QS - peak_Q1)
-    total_Q1 = jnp.sum(weights_QS, axis=-1, keepdims=True)
-    out_QK = _f32_einsum('...QS,...SK->...QK', weights_QS.astype(v_SK.dtype), v_SK)
+    out_QK, peak_Q1, total_Q1 = attend_part(q_QK, k_SK, v_SK, visible_QS, scale)
     return (out_QK / total_Q1).astype(q_QK.dtype), peak_Q1 + jnp.log(total_Q1)
 
 
-def _attend_gradients(q_QK, k_SK, v_SK, visible_QS, scale, logsumexp_Q1, delta_Q1, dout_QK):
-    """Gradients of the queries, keys and values of `_attend`, in float32."""
-    scores_QS = jnp.where(visible_QS, _f32_einsum('...QK,...SK->...QS', q_QK, k_SK) * scale, -jnp.inf)
+def attend_part(q_QK, k_SK, v_SK, visible_QS, scale):
+    """What some of the keys add to the softmax of a block of queries, in float32; None: all of them are visible.
+
+    Returns:
+      Values weighted by exp(score - peak), the peak, and the sum of the weights; all zeros beside a finite peak where a
+      query sees none of these keys.
+    """
+    scores_QS = _scores(q_QK, k_SK, visible_QS, scale)
+    peak_Q1 = jnp.max(scores_QS, axis=-1, keepdims=True, initial=MASKED)
+    weights_QS = jnp.exp(scores_QS - peak_Q1)
+    total_Q1 = jnp.sum(weights_QS, axis=-1, keepdims=True)
+    return _f32_einsum('...QS,...SK->...QK', weights_QS.astype(v_SK.dtype), v_SK), peak_Q1, total_Q1
+
+
+def _scores(q_QK, k_SK, visible_QS, scale):
+    scores_QS = _f32_einsum('...QK,...SK->...QS', q_QK, k_SK) * scale
+    return scores_QS if visible_QS is None else jnp.where(visible_QS, scores_QS, -jnp.inf)
+
+
+def attend_gradients(q_QK, k_SK, v_SK, visible_QS, scale, logsumexp_Q1, delta_Q1, dout_QK):
+    """Gradients of queries, and what these queries add to those of some of their keys and values, in float32.
+
+    `logsumexp_Q1` and `delta_Q1` (of `output_dot_gradient`) are over all keys that a query sees, these among them.
+    """
+    scores_QS = _scores(q_QK, k_SK, visible_QS, scale)
     weights_QS = jnp.exp(scores_QS - logsumexp_Q1)
     dweights_QS = _f32_einsum('...QK,...SK->...QS', dout_QK, v_SK)
     dscores_QS = (weights_QS * (dweights_QS - delta_Q1) * scale).astype(q_QK.dtype)
@@ -206,16 +299,18 @@ def _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1):
     return out_BNTK, (q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1)
 
 
-def _delta(dout_BNTK, out_BNTK):
+def output_dot_gradient(dout_BNTK, out_BNTK):
+    """sum(dout out), float32 [..., 1]: the gradient of the log-sum-exp, which every score of a query shares."""
     return jnp.sum(dout_BNTK.astype(jnp.float32) * out_BNTK.astype(jnp.float32), axis=-1, keepdims=True)
 
 
-def _blocks(time: int) -> list[tuple[int, int]]:
+def blocks_of(time: int) -> list[tuple[int, int]]:
+    """(start, stop) of the blocks of queries of dense attention."""
     size = max(QUERY_BLOCK, -(-time // MAX_BLOCKS))
     return [(start, min(start + size, time)) for start in range(0, time, size)]
 
 
-def _before(documents_BT: jax.Array | None, start: int, stop: int) -> jax.Array:
+def before(documents_BT: jax.Array | None, start: int, stop: int) -> jax.Array:
     """Which keys up to the last of them the queries from `start` to `stop` see: [Q, S], or [B, 1, Q, S]."""
     visible_QS = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
     if documents_BT is None:
@@ -225,9 +320,9 @@ def _before(documents_BT: jax.Array | None, start: int, stop: int) -> jax.Array:
 
 def _dense_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale):
     outputs, logsumexps = [], []
-    for start, stop in _blocks(q_BNTK.shape[2]):
+    for start, stop in blocks_of(q_BNTK.shape[2]):
         block = (q_BNTK[:, :, start:stop], k_BNTK[:, :, :stop], v_BNTK[:, :, :stop])
-        out_BNQK, logsumexp_BNQ1 = _attend(*block, _before(documents_BT, start, stop), scale)
+        out_BNQK, logsumexp_BNQ1 = _attend(*block, before(documents_BT, start, stop), scale)
         outputs.append(out_BNQK)
         logsumexps.append(logsumexp_BNQ1)
     out_BNTK, logsumexp_BNT1 = jnp.concatenate(outputs, axis=2), jnp.concatenate(logsumexps, axis=2)
@@ -235,21 +330,26 @@ def _dense_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale):
 
 
 def _dense_backward(scale, residuals, dout_BNTK):
-    q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1 = residuals
-    delta_BNT1 = _delta(dout_BNTK, out_BNTK)
+    *arrays, out_BNTK, logsumexp_BNT1 = residuals
+    delta_BNT1 = output_dot_gradient(dout_BNTK, out_BNTK)
+    gradients = causal_gradients(*arrays, logsumexp_BNT1, delta_BNT1, dout_BNTK, scale)
+    return (*(gradient.astype(dout_BNTK.dtype) for gradient in gradients), None)
+
+
+def causal_gradients(q_BNTK, k_BNTK, v_BNTK, documents_BT, logsumexp_BNT1, delta_BNT1, dout_BNTK, scale):
+    """Of queries, keys and values of causal attention, in float32, a block of queries at a time."""
     dq_blocks = []
     dk_BNTK = jnp.zeros(k_BNTK.shape, jnp.float32)
     dv_BNTK = jnp.zeros(v_BNTK.shape, jnp.float32)
-    for start, stop in _blocks(q_BNTK.shape[2]):
+    for start, stop in blocks_of(q_BNTK.shape[2]):
         block = (q_BNTK[:, :, start:stop], k_BNTK[:, :, :stop], v_BNTK[:, :, :stop])
         of_queries = (array[:, :, start:stop] for array in (logsumexp_BNT1, delta_BNT1, dout_BNTK))
-        visible = _before(documents_BT, start, stop)
-        dq_BNQK, dk_BNSK, dv_BNSK = _attend_gradients(*block, visible, scale, *of_queries)
+        visible = before(documents_BT, start, stop)
+        dq_BNQK, dk_BNSK, dv_BNSK = attend_gradients(*block, visible, scale, *of_queries)
         dq_blocks.append(dq_BNQK)
         dk_BNTK = dk_BNTK.at[:, :, :stop].add(dk_BNSK)
         dv_BNTK = dv_BNTK.at[:, :, :stop].add(dv_BNSK)
-    gradients = (jnp.concatenate(dq_blocks, axis=2), dk_BNTK, dv_BNTK)
-    return (*(gradient.astype(q_BNTK.dtype) for gradient in gradients), None)
+    return jnp.concatenate(dq_blocks, axis=2), dk_BNTK, dv_BNTK
 
 
 blockwise_attention.defvjp(_dense_forward, _dense_backward)
@@ -278,10 +378,14 @@ class _Band:
         steps = -(-blocks // at_once)
         return cls(band, size, back, -(-blocks // steps), steps)
 
-    def padded(self, x_BNTK: jax.Array, before: int = 0) -> jax.Array:
-        """x with zeros up to a whole number of groups after it, and `before` blocks of them before it."""
-        after = self.steps * self.group * self.size - x_BNTK.shape[2]
-        return jnp.pad(x_BNTK, ((0, 0), (0, 0), (before * self.size, after), (0, 0)))
+    def padded(self, x_BNTK: jax.Array, time: int, is_key: bool = False) -> jax.Array:
+        """The last `time` of x and what stands before them, with zeros up to a whole number of groups after it.
+
+        Of keys also with as many before it as make `back` blocks of what precedes the queries.
+        """
+        before = self.back * self.size - (x_BNTK.shape[2] - time) if is_key else 0
+        after = self.steps * self.group * self.size - time
+        return jnp.pad(x_BNTK, ((0, 0), (0, 0), (before, after), (0, 0)))
 
     def blocks(self, x_BNTK: jax.Array, step: jax.Array, extra: int = 0) -> jax.Array:
         """[batch, heads, group + extra, size, ...]: the blocks of one step."""
@@ -302,18 +406,16 @@ class _Band:
         part = part.reshape(*part.shape[:2], -1, part.shape[-1])
         return jax.lax.dynamic_update_slice_in_dim(total_BNTK, part, step * self.group * self.size, axis=2)
 
-    def padded_documents(self, documents_BT: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
-        """The documents of the queries and of the keys, as `visible` takes them."""
-        if documents_BT is None:
-            return None
-        documents_B1T1 = documents_BT[:, None, :, None]
-        return self.padded(documents_B1T1), self.padded(documents_B1T1, self.back)
+    def visible(
+        self, step: jax.Array, documents: tuple[jax.Array, jax.Array] | None, start: jax.Array | int
+    ) -> jax.Array:
+        """[group, size, (back + 1) size], or [batch, 1, ...]: which keys of its window a query sees.
 
-    def visible(self, step: jax.Array, documents: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        """[group, size, (back + 1) size], or [batch, 1, ...]: which keys of its window a query sees."""
+        `documents`, of queries and of keys, are padded; `start` is the place of the first query in its sequence.
+        """
         width = (self.back + 1) * self.size
         offset_QS = jnp.arange(width) - self.back * self.size - jnp.arange(self.size)[:, None]
-        first_G1 = (step * self.group + jnp.arange(self.group)[:, None] - self.back) * self.size
+        first_G1 = (step * self.group + jnp.arange(self.group)[:, None] - self.back) * self.size + start
         visible_GQS = ((offset_QS <= 0) & (offset_QS > -self.band)) & (first_G1 + jnp.arange(width) >= 0)[:, None]
         if documents is None:
             return visible_GQS
@@ -327,37 +429,66 @@ def _join_steps(parts: jax.Array, time: int) -> jax.Array:
     return parts.reshape(*parts.shape[:2], -1, parts.shape[-1])[:, :, :time]
 
 
-def _banded_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale, band):
-    cut = _Band.of(q_BNTK.shape, band)
-    queries, keys, values = cut.padded(q_BNTK), cut.padded(k_BNTK, cut.back), cut.padded(v_BNTK, cut.back)
-    documents = cut.padded_documents(documents_BT)
+def banded_part(q_BNTK, k_BNSK, v_BNSK, documents, scale, band, start=0):
+    """Attention in a band, and its log-sum-exp, of queries that may be a part of their sequence.
+
+    Args:
+      q_BNTK: consecutive queries.
+      k_BNSK, v_BNSK: those of the queries, after as many of what stands before them as there are or as the band needs.
+      documents: int arrays of the queries and of the keys, [batch, time] and [batch, keys], or None.
+      scale, band: as of the other kernels.
+      start: the place of the first query in its sequence.
+    """
+    time, cut = q_BNTK.shape[2], _Band.of(q_BNTK.shape, band)
+    queries, keys, values, documents = _padded(cut, q_BNTK, k_BNSK, v_BNSK, documents)
 
     def attend(_, step):
         windows = (cut.windows(keys, step), cut.windows(values, step))
-        return None, _attend(cut.blocks(queries, step), *windows, cut.visible(step, documents), scale)
+        return None, _attend(cut.blocks(queries, step), *windows, cut.visible(step, documents, start), scale)
 
     _, parts = jax.lax.scan(attend, None, jnp.arange(cut.steps))
-    out_BNTK, logsumexp_BNT1 = (_join_steps(part, q_BNTK.shape[2]) for part in parts)
-    return _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1)
+    return tuple(_join_steps(part, time) for part in parts)
 
 
-def _banded_backward(scale, band, residuals, dout_BNTK):
-    q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1 = residuals
-    cut, time = _Band.of(q_BNTK.shape, band), q_BNTK.shape[2]
-    keys, values = cut.padded(k_BNTK, cut.back), cut.padded(v_BNTK, cut.back)
-    documents = cut.padded_documents(documents_BT)
-    of_queries = [cut.padded(array) for array in (q_BNTK, logsumexp_BNT1, _delta(dout_BNTK, out_BNTK), dout_BNTK)]
+def banded_gradients(q_BNTK, k_BNSK, v_BNSK, documents, logsumexp_BNT1, delta_BNT1, dout_BNTK, scale, band, start=0):
+    """Of the queries, keys and values of `banded_part`, in float32."""
+    time, cut = q_BNTK.shape[2], _Band.of(q_BNTK.shape, band)
+    queries, keys, values, documents = _padded(cut, q_BNTK, k_BNSK, v_BNSK, documents)
+    of_queries = [queries, *(cut.padded(array, time) for array in (logsumexp_BNT1, delta_BNT1, dout_BNTK))]
 
     def gradients(carry, step):
         queries, *blocks = (cut.blocks(array, step) for array in of_queries)
         windows = (cut.windows(keys, step), cut.windows(values, step))
-        dq, *dwindows = _attend_gradients(queries, *windows, cut.visible(step, documents), scale, *blocks)
+        dq, *dwindows = attend_gradients(queries, *windows, cut.visible(step, documents, start), scale, *blocks)
         return tuple(cut.add_windows(total, dw, step) for total, dw in zip(carry, dwindows, strict=True)), dq
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(gradients, (zeros, zeros), jnp.arange(cut.steps))
-    start = cut.back * cut.size
-    gradients = (_join_steps(dq, time), dk[:, :, start : start + time], dv[:, :, start : start + time])
+    stop = cut.back * cut.size + time
+    first = stop - k_BNSK.shape[2]
+    return _join_steps(dq, time), dk[:, :, first:stop], dv[:, :, first:stop]
+
+
+def _padded(cut, q_BNTK, k_BNSK, v_BNSK, documents):
+    time = q_BNTK.shape[2]
+    keys, values = (cut.padded(array, time, is_key=True) for array in (k_BNSK, v_BNSK))
+    if documents is not None:
+        of_queries, of_keys = (array[:, None, :, None] for array in documents)
+        documents = cut.padded(of_queries, time), cut.padded(of_keys, time, is_key=True)
+    return cut.padded(q_BNTK, time), keys, values, documents
+
+
+def _banded_forward(q_BNTK, k_BNTK, v_BNTK, documents_BT, scale, band):
+    documents = None if documents_BT is None else (documents_BT, documents_BT)
+    parts = banded_part(q_BNTK, k_BNTK, v_BNTK, documents, scale, band)
+    return _residuals(q_BNTK, k_BNTK, v_BNTK, documents_BT, *parts)
+
+
+def _banded_backward(scale, band, residuals, dout_BNTK):
+    q_BNTK, k_BNTK, v_BNTK, documents_BT, out_BNTK, logsumexp_BNT1 = residuals
+    documents = None if documents_BT is None else (documents_BT, documents_BT)
+    arrays = (logsumexp_BNT1, output_dot_gradient(dout_BNTK, out_BNTK), dout_BNTK)
+    gradients = banded_gradients(q_BNTK, k_BNTK, v_BNTK, documents, *arrays, scale, band)
     return (*(gradient.astype(q_BNTK.dtype) for gradient in gradients), None)
 
 

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax.errors import InputError
-from gpt_jax.models import attention
+from gpt_jax.models import attention, ring
 from gpt_jax.models.cache import Cache, advance, init_cache, store
 from gpt_jax.models.config import ACTIVATIONS, GPTConfig, preset_config
-from gpt_jax.models.layers import INIT_STD, Dense, Dropout, LayerNorm, copy_table, embed_tokens
+from gpt_jax.models.layers import INIT_STD, Dense, Dropout, LayerNorm, add_positions, copy_table, embed_tokens
 from gpt_jax.models.losses import linear_cross_entropy, masked_logits
-from gpt_jax.parallel import constrain, target_device
+from gpt_jax.parallel import can_split, constrain, on_one_device, target_device
 
 Params = dict[str, Any]
 
@@ -100,7 +100,7 @@ class CausalSelfAttention(nn.Module):
         qkv = Dense((c.d_model, 3, c.n_head, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype, name='qkv')
         qkv_BTCNK = checkpoint_name(qkv(x_BTD), QKV_NAME)
         q_BNTK, k_BNTK, v_BNTK = (
-            constrain(y_BNTK, 'batch', 'heads', None, 'head_dim') for y_BNTK in qkv_BTCNK.transpose(2, 0, 3, 1, 4)
+            constrain(y_BNTK, 'batch', 'heads', 'time', 'head_dim') for y_BNTK in qkv_BTCNK.transpose(2, 0, 3, 1, 4)
         )
         if c.scale_attn_by_inverse_layer_idx:
             # Of the queries, as in a scan the layer is not known when the program is made, and kernels take a number.
@@ -127,25 +127,33 @@ class CausalSelfAttention(nn.Module):
         """Attention of whole sequences, by the kernel that is fastest where the program will run."""
         c, time = self.config, q_BNTK.shape[2]
         band = self.band if self.band is not None and self.band < time else None
-        documents_BT = None if info.documents_BT is None else constrain(info.documents_BT, 'batch', None)
         kernel = attention.choose_kernel(
             target_device(),
             q_BNTK.dtype,
             c.head_dim,
             band=band,
             dropout=c.attention_dropout > 0 and self.has_rng('dropout'),
-            documents=documents_BT is not None,
+            documents=info.documents_BT is not None,
+            time=time,
+            divides=on_one_device() or can_split(q_BNTK.shape, 'batch', 'heads', None, 'head_dim'),
+            time_is_split=ring.can_split_time(q_BNTK.shape),
         )
         match kernel:
+            case 'ring':
+                return ring.ring_attention(q_BNTK, k_BNTK, v_BNTK, info.documents_BT, c.scale)
+            case 'ring_banded':
+                return ring.ring_banded_attention(q_BNTK, k_BNTK, v_BNTK, info.documents_BT, c.scale, band)
             case 'full':
                 drop = functools.partial(Dropout(c.attention_dropout), rows_B=info.rows_B)
-                return attention.full_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band, drop)
+                return attention.full_attention(q_BNTK, k_BNTK, v_BNTK, info.documents_BT, c.scale, band, drop)
             case 'cudnn':
                 return attention.cudnn_attention(q_BNTK, k_BNTK, v_BNTK, c.scale, band)
+            case 'splash':
+                return attention.splash_attention(q_BNTK, k_BNTK, v_BNTK, info.documents_BT, c.scale, band)
             case 'banded':
-                return attention.banded_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale, band)
+                return attention.banded_attention(q_BNTK, k_BNTK, v_BNTK, info.documents_BT, c.scale, band)
             case 'blockwise':
-                return attention.blockwise_attention(q_BNTK, k_BNTK, v_BNTK, documents_BT, c.scale)
+                return attention.blockwise_attention(q_BNTK, k_BNTK, v_BNTK, info.documents_BT, c.scale)
 
 
 class MLP(nn.Module):
@@ -397,15 +405,16 @@ class GPT(nn.Module):
         c = self.config
         if tokens_BT.shape[1] > c.block_size:
             raise InputError(f'{tokens_BT.shape[1]} tokens exceed block_size={c.block_size}; give at most that many')
-        if info.positions_BT is None:
-            if cache is not None:
-                raise ValueError('apply with a cache needs positions=: int [batch, time]')
-            position_embedding = self.wpe[None, : tokens_BT.shape[1]]
-        else:
-            position_embedding = self.wpe[jnp.maximum(info.positions_BT, 0)]
+        positions_BT = info.positions_BT
+        if positions_BT is None and cache is not None:
+            raise ValueError('apply with a cache needs positions=: int [batch, time]')
+        if info.documents_BT is not None:
+            # Whole rows on every device, for each layer to take what it needs of them.
+            info = info.replace(documents_BT=constrain(info.documents_BT, 'batch', None))
         # Without a loss there is no gradient to reduce: the compiler looks tokens up in the parts of a split table.
         token_embedding = self.wte[tokens_BT].astype(c.dtype) if table is None else embed_tokens(table, tokens_BT)
-        x_BTD = token_embedding + position_embedding.astype(c.dtype)
+        positions_BT = None if positions_BT is None else jnp.maximum(positions_BT, 0)
+        x_BTD = add_positions(token_embedding, self.wpe, positions_BT)
         x_BTD = self.embedding_dropout(constrain(x_BTD, 'batch', 'time', 'embed'), info.rows_B)
         dropout_key = self.make_rng('dropout') if self.has_rng('dropout') else None
         if cache is None:
@@ -482,18 +491,19 @@ def preset(name: str, **changes: Any) -> GPT:
     return GPT(preset_config(name, **changes))
 
 
-def attention_kernels(config: GPTConfig, device: jax.Device, documents: bool = False) -> list[str]:
+def attention_kernels(
+    config: GPTConfig, device: jax.Device, documents: bool = False, time_is_split: bool = False
+) -> list[str]:
     """The kernels that training runs on a device like `device`, each once: ['cudnn'], ['blockwise', 'banded'], ...
 
-    For logs; `attention.choose_kernel` is what chooses. `documents` tells that rows hold several of them.
+    For logs; `attention.choose_kernel` is what chooses. `documents` tells that rows hold several of them,
+    `time_is_split` that time is split over devices.
     """
     bands = [config.band(layer) for layer in range(config.n_layer)]
     bands = [band if band is not None and band < config.block_size else None for band in bands]
-    dropout = config.attention_dropout > 0
-    kernels = (
-        attention.choose_kernel(device, config.dtype, config.head_dim, band=band, dropout=dropout, documents=documents)
-        for band in bands
-    )
+    case = {'dropout': config.attention_dropout > 0, 'documents': documents, 'time': config.block_size}
+    case['time_is_split'] = time_is_split
+    kernels = (attention.choose_kernel(device, config.dtype, config.head_dim, band=band, **case) for band in bands)
     return list(dict.fromkeys(kernels))
 
 

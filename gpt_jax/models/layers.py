@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.parallel import can_split, on_one_device, per_device, split_axes, target_device
+from gpt_jax.parallel import can_split, on_one_device, per_device, split_axes, splits, target_device
 
 INIT_STD = 0.02  # GPT-2's code, GPT-1 section 4.1
 
@@ -37,6 +37,31 @@ def _affine_backward(residuals, dout):
 
 
 affine.defvjp(_affine_forward, _affine_backward)
+
+
+@jax.custom_vjp
+def affine_over_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """The same with several output dimensions, [..., in] @ [in, *out] + [*out], of which the mesh splits one.
+
+    Flattened into one dimension they would lose their partition: the compiler would gather the gradient of the result.
+    """
+    return jnp.tensordot(x, kernel, 1) + bias
+
+
+def _affine_over_heads_forward(x, kernel, bias):
+    return jnp.tensordot(x, kernel, 1) + bias, (x, kernel, bias)
+
+
+def _affine_over_heads_backward(residuals, dout):
+    x, kernel, bias = residuals
+    tokens, out = list(range(x.ndim - 1)), list(range(x.ndim - 1, dout.ndim))
+    dx = jnp.tensordot(dout, kernel, (out, list(range(1, kernel.ndim))))
+    dkernel = jnp.tensordot(x, dout, (tokens, tokens), preferred_element_type=jnp.float32)
+    dbias = jnp.sum(dout, axis=tokens, dtype=jnp.float32)
+    return dx, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
+
+
+affine_over_heads.defvjp(_affine_over_heads_forward, _affine_over_heads_backward)
 
 
 def contract_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -83,9 +108,12 @@ class Dense(nn.Module):
         zeros = nn.initializers.zeros
         bias = self.param('bias', zeros, out_shape, jnp.float32) if self.use_bias else jnp.zeros(out_shape)
         batch_shape = x.shape[: x.ndim - self.contract]
-        # One plain matrix product: several output dimensions in the dot itself make slower code on CPU.
         x = x.astype(self.dtype).reshape(*batch_shape, math.prod(in_shape))
-        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype).reshape(-1)
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        if len(out_shape) > 1 and not is_transposed and splits('heads'):
+            return affine_over_heads(x, kernel, bias)
+        # One plain matrix product: several output dimensions in the dot itself make slower code on CPU.
+        bias = bias.reshape(-1)
         if is_transposed:
             y = matmul_transposed(x, kernel.reshape(bias.size, -1)) + bias
         else:
@@ -250,6 +278,67 @@ def _copy_backward(dtype, parameter_dtype, is_split, _, cotangents):
 
 
 _copy.defvjp(_copy_forward, _copy_backward)
+
+
+def add_positions(x_BTD: jax.Array, wpe_TD: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
+    """x and the row of `wpe_TD` of each token's position, by default 0, 1, ...; in x's dtype."""
+    if can_split(x_BTD.shape, 'batch', 'time', 'embed') and can_split(wpe_TD.shape, None, 'embed_parameter'):
+        return _add_positions(x_BTD, wpe_TD, positions_BT)
+    rows = wpe_TD[None, : x_BTD.shape[1]] if positions_BT is None else wpe_TD[positions_BT]
+    return x_BTD + rows.astype(x_BTD.dtype)
+
+
+@jax.custom_vjp
+def _add_positions(x_BTD, wpe_TD, positions_BT):
+    """On a mesh by hand: the compiler would gather what it looked up, and move activations to where the table is."""
+
+    def look_up(x_BTD, part_TD, positions_BT):
+        if positions_BT is None:
+            part_TD = jax.lax.dynamic_slice_in_dim(part_TD, _first_time(x_BTD.shape[1]), x_BTD.shape[1])
+        rows = part_TD.astype(x_BTD.dtype)
+        for axis in split_axes('embed_parameter'):
+            rows = jax.lax.all_gather(rows, axis, axis=1, tiled=True)
+        return x_BTD + (rows if positions_BT is None else rows[positions_BT])
+
+    names = [('batch', 'time', 'embed'), (None, 'embed_parameter'), ('batch', 'time')]
+    return per_device(look_up, names, names[0])(x_BTD, wpe_TD, positions_BT)
+
+
+def _add_positions_forward(x_BTD, wpe_TD, positions_BT):
+    # Of the table its shape and dtype are needed.
+    return _add_positions(x_BTD, wpe_TD, positions_BT), (wpe_TD, positions_BT)
+
+
+def _add_positions_backward(residuals, dx_BTD):
+    wpe_TD, positions_BT = residuals
+    rows, dtype = wpe_TD.shape[0], wpe_TD.dtype
+
+    def add_up(dx_BTD, positions_BT):
+        dx_BTD, axes = dx_BTD.astype(jnp.float32), split_axes('copy')
+        if positions_BT is None:
+            dwpe_TD, summed = jnp.sum(dx_BTD, axis=0), split_axes('batch')
+        else:
+            dwpe_TD, summed = jnp.zeros((rows, dx_BTD.shape[2]), jnp.float32).at[positions_BT].add(dx_BTD), axes
+        if 'fsdp' in axes:
+            dwpe_TD = jax.lax.psum_scatter(dwpe_TD, 'fsdp', scatter_dimension=1, tiled=True)
+        if others := tuple(axis for axis in summed if axis != 'fsdp'):
+            dwpe_TD = jax.lax.psum(dwpe_TD, others)
+        if positions_BT is None:  # each device has the gradient of its own stretch of time
+            for axis in split_axes('time'):
+                dwpe_TD = jax.lax.all_gather(dwpe_TD, axis, axis=0, tiled=True)
+            dwpe_TD = jnp.pad(dwpe_TD, ((0, rows - dwpe_TD.shape[0]), (0, 0)))
+        return dwpe_TD.astype(dtype)
+
+    names = [('batch', 'time', 'embed'), ('batch', 'time')]
+    return dx_BTD, per_device(add_up, names, (None, 'embed_parameter'))(dx_BTD, positions_BT), None
+
+
+_add_positions.defvjp(_add_positions_forward, _add_positions_backward)
+
+
+def _first_time(time: int) -> jax.Array | int:
+    """The place in the sequence of the first of this device's `time` tokens."""
+    return time * jax.lax.axis_index('context') if split_axes('time') else 0
 
 
 def first_row(rows_VD: jax.Array) -> jax.Array | int:

@@ -14,6 +14,7 @@ from gpt_jax.parallel.mesh import (
     parse_mesh,
     per_device,
     split_axes,
+    splits,
     target_device,
 )
 from gpt_jax.parallel.sharding import (
@@ -44,6 +45,7 @@ __all__ = [
     'per_device',
     'replicated',
     'split_axes',
+    'splits',
     'target_device',
     'tree_shardings',
 ]

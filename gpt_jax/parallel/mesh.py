@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import MeshConfig
@@ -44,7 +45,7 @@ def parse_mesh(text: str) -> MeshConfig:
     An axis that is not named has size 1; one may be -1, whatever the others leave.
 
     Raises:
-      InputError: the text is no such list, names an axis twice, or `context`, which needs ring attention.
+      InputError: the text is no such list, names an axis twice, or `context`: decoding goes token by token.
     """
     way_out = 'write it as --mesh=fsdp:8,tensor:2, with sizes of data, fsdp and tensor'
     sizes: dict[str, int] = {}
@@ -57,7 +58,9 @@ def parse_mesh(text: str) -> MeshConfig:
             )
         sizes[axis] = int(size)
     if sizes.get('context', 1) != 1:
-        raise InputError(f'--mesh={text}: context splits texts over devices, which is not possible yet; {way_out}')
+        raise InputError(
+            f'--mesh={text}: context splits the tokens of a text over devices, which training alone does; {way_out}'
+        )
     return MeshConfig(**dict.fromkeys(AXES, 1) | sizes)
 
 
@@ -70,7 +73,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
     # Explicit axes, today's default, make linen modules fail: the compiler is to propagate what we constrain.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    settings = {'axis_names': AXES, 'axis_types': (AxisType.Auto,) * len(AXES)}
+    try:
+        return jax.make_mesh(tuple(sizes.values()), devices=devices, **settings)
+    except NotImplementedError:
+        # The axes of a TPU's torus are no products of these: some axis of it is then cut in two.
+        cut = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(cut, **settings)
 
 
 def make_abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
@@ -169,6 +178,11 @@ def can_split(shape: tuple[int, ...], *names: str | None) -> bool:
     return all(
         size % math.prod(current_mesh().shape[a] for a in _axes(n)) == 0 for size, n in zip(shape, names, strict=True)
     )
+
+
+def splits(name: str) -> bool:
+    """Whether the active mesh splits the logical dimension `name`, and no `per_device` has split it already."""
+    return not on_one_device() and math.prod(current_mesh().shape[a] for a in _axes(name)) > 1
 
 
 def split_axes(name: str) -> tuple[str, ...]:

@@ -14,9 +14,7 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,14 +23,12 @@ from jax._src import distributed  # for its client: the public API has no store 
 
 from gpt_jax import signals
 from gpt_jax.errors import InputError, first_line
+from gpt_jax.parallel.rendezvous import ALL_THREE, CONNECT_SECONDS, find, meet
 
-# For processes to appear that a cluster starts one after the other.
-CONNECT_SECONDS = 120
 # Without a heartbeat (a thread of jaxlib's gives one, whatever Python is at) a process counts as lost. What waits for
 # it ends some seconds later.
 LOST_SECONDS = 20
 SHUTDOWN_SECONDS = 60  # the first process has more to do at the end than the others
-ALL_THREE = 'give --coordinator=HOST:PORT (of process 0), --num_processes and --process_id'
 LOST = 'another process of this run was lost; start all of them again, and the run goes on from its last checkpoint'
 # What collectives raise where the other side is gone: of Gloo (CPU), NCCL (GPU), and the coordination service.
 _CONNECTION = re.compile(
@@ -42,62 +38,42 @@ _CONNECTION = re.compile(
 _calls = itertools.count()
 
 
-def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def connect(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: float = CONNECT_SECONDS
+) -> None:
     """Starts jax's distributed runtime, in bounded time.
 
     Args:
       coordinator: HOST:PORT of process 0; None, here and below: as jax finds it on a cluster that it knows.
       num_processes: how many there are.
       process_id: which of them this is, from 0.
+      seconds: to wait for all of them.
 
     Raises:
       InputError: naming the flag, a value that cannot be, or processes that cannot be found.
     """
-    check_flags(coordinator, num_processes, process_id)
-    if coordinator is not None:
-        host, _, port = coordinator.rpartition(':')
-        if process_id == 0:
-            _check_free(coordinator, int(port))
-        elif process_id is not None:
-            _wait_for(coordinator, host, int(port))
-    _end_in_one_line(
-        f'not all processes were there within {CONNECT_SECONDS} s; start all of them with the same command'
-    )
+    place = find(coordinator, num_processes, process_id)
+    meet(place, seconds)
+    _end_in_one_line('a process was lost while all were starting; start all of them again')
     timeouts = {
         'initialization_timeout': CONNECT_SECONDS,
         'heartbeat_timeout_seconds': LOST_SECONDS,
         'shutdown_timeout_seconds': SHUTDOWN_SECONDS,
     }
+    # The processes reach each other without the proxy that some clusters have for the world outside; gRPC would ask it,
+    # and jax warns of that.
+    os.environ['no_grpc_proxy'] = place.address[0]  # noqa: SIM112  its name
+    jax.config.update('jax_check_proxy_envs', False)
+    devices = None if place.local_devices is None else list(place.local_devices)
+    given = (place.coordinator, place.num_processes, place.process_id, devices, 'deactivate')  # all is known by now
     try:
-        _interruptible(lambda: jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts))
-    except ValueError:
-        raise InputError(f'--distributed: nothing here tells jax of the other processes; {ALL_THREE}') from None
-    except RuntimeError as error:
-        raise InputError(f'--distributed: {first_line(error)}; {ALL_THREE}') from None
+        _interruptible(lambda: jax.distributed.initialize(*given, **timeouts))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f'--coordinator={place.coordinator}: {first_line(error)}; {ALL_THREE}') from None
     _end_in_one_line(LOST)
     for number in signals.numbers():  # jax has taken SIGTERM for itself
         if callable(handler := signal.getsignal(number)):
             signal.signal(number, handler)
-
-
-def check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Raises InputError, naming the flag, for values that can be of no run; nothing is connected to."""
-    if num_processes is not None and num_processes < 1:
-        raise InputError(f'--num_processes={num_processes} must be at least 1')
-    if process_id is not None and not 0 <= process_id < (num_processes or 2**31):
-        most = '' if num_processes is None else f' and less than --num_processes={num_processes}'
-        raise InputError(f'--process_id={process_id} must be at least 0{most}: processes are counted from 0')
-    if coordinator is None:
-        return
-    host, _, port = coordinator.rpartition(':')
-    if not host or not re.fullmatch(r'\d{1,5}', port, re.ASCII) or not 0 < int(port) < 2**16:
-        raise InputError(f'--coordinator={coordinator} must be HOST:PORT of process 0, e.g. 10.0.0.1:1234')
-    try:
-        socket.getaddrinfo(host.strip('[]'), int(port), type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise InputError(
-            f'--coordinator={coordinator}: there is no host {host} ({first_line(error)}); name the host of process 0'
-        ) from None
 
 
 def check_alike(values: Mapping[str, object]) -> None:
@@ -173,37 +149,6 @@ def _wait_for_value(client: Any, key: str) -> str:
         except (RuntimeError, ValueError) as error:
             if 'DEADLINE_EXCEEDED' not in str(error):
                 raise
-
-
-def _wait_for(coordinator: str, host: str, port: int) -> None:
-    """Returns when process 0 answers: jaxlib would end the process where it does not."""
-    deadline, said = time.monotonic() + CONNECT_SECONDS, False
-    while True:
-        try:
-            socket.create_connection((host.strip('[]'), port), timeout=5).close()
-            return
-        except OSError as error:
-            reason = error.strerror or first_line(error)
-        if time.monotonic() > deadline:
-            raise InputError(
-                f'--coordinator={coordinator}: process 0 did not answer within {CONNECT_SECONDS} s ({reason}); '
-                'start it, or name its host and port'
-            )
-        if not said:
-            print(f'waiting up to {CONNECT_SECONDS} s for process 0 at {coordinator}', file=sys.stderr, flush=True)
-            said = True
-        time.sleep(0.5)
-
-
-def _check_free(coordinator: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(('', port))
-        except OSError as error:
-            raise InputError(
-                f'--coordinator={coordinator}: process 0 cannot listen there ({error.strerror}); name another port'
-            ) from None
 
 
 _on_abort = None  # kept: the system has its address

@@ -9,10 +9,21 @@ from gpt_jax.planning.report import (
     memory_section,
     model_section,
     render,
+    search_section,
 )
-from gpt_jax.planning.topology import Compiled, compile_step, find_device, topology_compiler, topology_devices
+from gpt_jax.planning.search import Candidate, next_smaller, search
+from gpt_jax.planning.topology import (
+    Compiled,
+    compile_step,
+    find_device,
+    gpu_hosts,
+    topology_compiler,
+    topology_devices,
+    torus,
+)
 
 __all__ = [
+    'Candidate',
     'Compiled',
     'Memory',
     'Placement',
@@ -23,10 +34,15 @@ __all__ = [
     'compiled_section',
     'cost_section',
     'find_device',
+    'gpu_hosts',
     'memory_section',
     'model_section',
+    'next_smaller',
     'render',
+    'search',
+    'search_section',
     'topology_compiler',
     'topology_devices',
+    'torus',
     'training_memory',
 ]

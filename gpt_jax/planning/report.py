@@ -1,15 +1,19 @@
 """What a plan says: as nested dicts of numbers whose names carry the unit, and as plain text of about a screen."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt_jax.models.config import causal_flops_per_token, parameters_by_part, training_flops_per_token
+from gpt_jax.parallel.devices import Device
 from gpt_jax.planning.cost import cache_bytes, training_cost
 from gpt_jax.planning.memory import Memory, Placement
-from gpt_jax.planning.topology import Compiled, topology_compiler
+from gpt_jax.planning.program import read_program
+from gpt_jax.planning.search import Candidate
+from gpt_jax.planning.topology import Compiled, describe, topology_compiler, torus
 
 GIB, MIB = 2**30, 2**20
+SHOWN = 8  # of a search
 LABEL_WIDTH, VALUE_WIDTH = 28, 20
 
 Plan = Mapping[str, Any]
@@ -74,13 +78,59 @@ def cost_section(
     return dataclasses.asdict(cost) | given
 
 
-def compiled_section(topology: str, compiled: Compiled, limit: int | None) -> dict[str, Any]:
-    """What the compiler said, in bytes on each device; where it did not refuse, held against `limit`."""
-    sizes = {f'{name}_bytes': size for name, size in dataclasses.asdict(compiled).items()}
+def compiled_section(
+    topology: str, compiled: Compiled, limit: int | None, placement: Placement, device: Device | None
+) -> dict[str, Any]:
+    """What the compiler said, in bytes on each device; where it did not refuse, held against `limit`.
+
+    With `program`, what the compiled step does: its collectives, and on GPUs its kernels and a roofline.
+    """
+    sizes = {f'{name}_bytes': size for name, size in dataclasses.asdict(compiled).items() if name != 'text'}
     if compiled.available is None and limit is not None and compiled.needed > limit:
         sizes['available_bytes'] = limit
     compiler = f'the {topology_compiler(topology).upper()} compiler'
-    return {'topology': topology, 'compiler': compiler, 'fits': sizes['available_bytes'] is None} | sizes
+    devices = describe(topology, placement.devices)
+    section = {'topology': topology, 'devices': devices, 'compiler': compiler, 'fits': sizes['available_bytes'] is None}
+    return section | sizes | {'program': _program_section(topology, compiled.text, placement, device)}
+
+
+def _program_section(
+    topology: str, text: str | None, placement: Placement, device: Device | None
+) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    program = read_program(text, device, placement.devices, torus(topology))
+    found = dataclasses.asdict(program) | {'step_seconds': None, 'tokens_per_second': None, 'mfu': None}
+    if program.kernel_seconds is not None:
+        seconds = program.kernel_seconds + sum(one.seconds or 0.0 for one in program.collectives)
+        tokens = placement.batch_size * placement.config.block_size
+        flops = training_flops_per_token(placement.config) * tokens / placement.devices
+        found |= {
+            'step_seconds': seconds,
+            'tokens_per_second': tokens / seconds,
+            'mfu': flops / seconds / device.peak_flops,
+        }
+    return found
+
+
+def search_section(ranking: Sequence[Candidate], tried: int, fits: bool, seconds: float) -> dict[str, Any]:
+    """The best of a search by the estimates, and how many were tried."""
+    best = [
+        {
+            'flags': one.flags,
+            'mesh': dataclasses.asdict(one.placement.mesh),
+            'remat': one.placement.config.remat,
+            'accumulation_steps': one.placement.accumulation_steps,
+            'rows_per_device': one.placement.rows,
+            'total_bytes': one.memory.total,
+            'step_seconds': one.time.total,
+            'tokens_per_second': one.placement.batch_size * one.placement.config.block_size / one.time.total,
+            'seconds': {name: getattr(one.time, name) for name in ('products', 'memory', 'beside', 'waiting')},
+            'mfu': one.time.mfu,
+        }
+        for one in ranking[:SHOWN]
+    ]
+    return {'tried': tried, 'fitting': len(ranking) if fits else 0, 'fits': fits, 'seconds': seconds, 'best': best}
 
 
 def advice_section(placement: Placement, found: list[tuple[Placement, Memory]], fits: bool) -> dict[str, Any]:
@@ -94,7 +144,7 @@ def advice_section(placement: Placement, found: list[tuple[Placement, Memory]], 
 
 def render(plan: Plan) -> str:
     """The sections of a plan (see above), one below the other."""
-    sections = (_recipe, _parameters, _arithmetic, _memory, _cache, _cost, _compiled, _advice)
+    sections = (_recipe, _parameters, _arithmetic, _memory, _cache, _cost, _search, _compiled, _program, _advice)
     return '\n\n'.join('\n'.join(lines) for section in sections if (lines := section(plan)))
 
 
@@ -148,8 +198,8 @@ def _memory(plan: Plan) -> list[str]:
     mesh = ' x '.join(f'{axis} {count}' for axis, count in found['mesh'].items() if count > 1) or 'alone'
     rows = f'{found["rows_per_device"]:,} sequences at once, {found["accumulation_steps"]:,} times a step'
     parts = (
-        ('parameters', 'parameters_bytes', 'float32'),
-        ('optimizer', 'optimizer_bytes', "float32, Adam's two moments"),
+        ('parameters', 'parameters_bytes', 'as precision.params'),
+        ('optimizer', 'optimizer_bytes', "Adam's two moments, as precision.moments, and the average"),
         ('gradients', 'gradients_bytes', 'float32; with micro-batches the sum and the newest'),
         ('activations kept', 'kept_activations_bytes', f'{found["compute"]}, remat {found["remat"]}; {rows}'),
         ('working memory', 'working_bytes', "one layer's backward pass, or the logits of a chunk"),
@@ -192,12 +242,73 @@ def _compiled(plan: Plan) -> list[str]:
     found = plan.get('compiled')
     if found is None:
         return []
-    title = f'Memory of a device, by {found["compiler"]} ({found["topology"]})'
+    title = f'Memory of a device, by {found["compiler"]} ({found["topology"]}, {found["devices"]})'
     if found['fits']:
         rows = [_row(name, size(found[f'{name}_bytes'])) for name in ('arguments', 'outputs', 'temporaries')]
         return [title, *rows, _row('total', size(found['needed_bytes']), 'it fits')]
     what = 'temporaries alone' if found['temporaries_bytes'] else 'total'
     return [title, _row(what, size(found['needed_bytes']), _verdict(found))]
+
+
+def _program(plan: Plan) -> list[str]:
+    found = (plan.get('compiled') or {}).get('program')
+    if found is None:
+        return []
+    lines = ['What a device sends in a step, by the compiled program']
+    for one in found['collectives']:
+        where = f'among {one["devices"]:,}' + (', over hosts' if one['across_hosts'] else '')
+        time = '' if one['seconds'] is None else f'{one["seconds"] * 1e3:,.2f} ms at full bandwidth'
+        label = f'{one["kind"]} {where}'
+        lines.append(_row(label, f'{size(one["sent_bytes"])}', f'{one["count"]:,} times; {time}'.rstrip('; ')))
+    if not found['collectives']:
+        lines.append('  nothing')
+    if found['step_seconds'] is not None:
+        sending = sum(one['seconds'] for one in found['collectives'])
+        rows = (
+            ('kernels', f'{found["kernels"]:,}', f'{size(found["memory_bytes"])} read and written'),
+            ('products', f'{found["flops"]:.4g} FLOP', ''),
+            (
+                'kernels at their roofline',
+                f'{found["kernel_seconds"] * 1e3:,.1f} ms',
+                'the slower of bytes and products',
+            ),
+            ('collectives', f'{sending * 1e3:,.1f} ms', 'none beside a kernel'),
+            ('a step', f'{found["step_seconds"] * 1e3:,.1f} ms', f'{found["tokens_per_second"]:,.0f} tokens/s'),
+            ('MFU', f'{found["mfu"]:.1%}', 'by 6 N + 12 L D T'),
+        )
+        lines += ['', 'Roofline of the compiled step: a model, not a measurement', *(_row(*row) for row in rows)]
+    if found['unknown_loops']:
+        lines.append(f'  {found["unknown_loops"]} loops of unknown length count once.')
+    return lines
+
+
+def _search(plan: Plan) -> list[str]:
+    found = plan.get('search')
+    if found is None:
+        return []
+    title = f'{found["tried"]:,} ways to train were tried, {found["fitting"]:,} fit by the estimate'
+    if not found['fits']:
+        return [f'{title}: take more devices, or a smaller model. The smallest is', *_ranking(found['best'])]
+    lines = [f'{title}; the fastest, by a model of time and not a measurement:', *_ranking(found['best'])]
+    for number, refused in enumerate(found['refused'], 1):
+        lines.append(f'  Refused ({number}): {refused["flags"]}')
+        lines.append(f'    {_verdict(refused)}')
+    certified = found['certified']
+    if certified is None:
+        why = 'no compiler was asked (--topology)' if not found['refused'] else 'the compiler took none of them'
+        return [*lines, '', f'To paste ({why}):', f'  {found["best"][0]["flags"]}']
+    return [*lines, '', f'To paste (compiled: {_verdict(certified)}):', f'  {certified["flags"]}']
+
+
+def _ranking(best: Sequence[Plan]) -> list[str]:
+    lines = ['     ms a step    tokens/s    MFU      memory  remat  micro-batches  mesh']
+    for one in best:
+        mesh = ' x '.join(f'{axis} {count}' for axis, count in one['mesh'].items() if count > 1) or 'alone'
+        lines.append(
+            f'  {one["step_seconds"] * 1e3:12,.1f} {one["tokens_per_second"]:11,.0f}  {one["mfu"]:5.1%} '
+            f'{size(one["total_bytes"]):>11}  {one["remat"]:<5}  {one["accumulation_steps"]:>13,}  {mesh}'
+        )
+    return lines
 
 
 def _verdict(found: Plan) -> str:

@@ -20,10 +20,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from gpt_jax.errors import first_line
@@ -32,9 +28,24 @@ from gpt_jax.models import GPTConfig
 from gpt_jax.models.config import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
 
+# tensorboardX imports PyTorch where it is installed, which takes seconds, for what is not used here. A module that is
+# None in sys.modules counts as one that is not installed.
+_without_torch = 'torch' not in sys.modules
+if _without_torch:
+    sys.modules['torch'] = None
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+finally:
+    if _without_torch:
+        del sys.modules['torch']
+
 # In place of the last step to keep in a log: a run without a checkpoint starts anew, and writes of step 0 again.
 NOTHING = -1
 MOST_LOG_BYTES = 2**31  # of metrics.jsonl and samples.txt: those of a run of millions of steps have a few hundred MB
+# What a row says of the machine: all else is the same whenever and wherever the same run is made.
+OF_THE_CLOCK = ('time', 'tokens_per_second', 'mfu', 'data_wait_ms')
 TENSORBOARD_SECONDS = 60  # between the writings of its file
 
 
@@ -445,6 +456,8 @@ def _clock(seconds: float) -> str:
 
 def plot_loss(workdir: pathlib.Path) -> None:
     """Draws metrics.jsonl as loss.png: training and validation loss over steps."""
+    from matplotlib.figure import Figure  # half a second, which the start of a run need not wait for
+
     rows = list(read_rows(workdir / 'metrics.jsonl'))
     training = [(row['step'], row['loss']) for row in rows if row.get('loss') is not None]
     validation = [(row['step'], row['val_loss']) for row in rows if 'val_loss' in row]

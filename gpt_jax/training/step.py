@@ -461,15 +461,25 @@ def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Any, Batch], dict[str, j
     return jax.jit(eval_step, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
 
 
-def check_mesh(run: RunConfig, sizes: Mapping[str, int]) -> None:
-    """Raises InputError where a run cannot be trained on a mesh of these `sizes`, one for each axis."""
-    if sizes['context'] > 1:
-        # It would compute the right thing with keys and values gathered and a whole [batch, heads, time, time]: what
-        # the axis is there to avoid.
-        raise InputError(
-            f'mesh.context={sizes["context"]} cannot train yet, for want of ring attention: set it to 1; '
-            'mesh.fsdp, train.accumulation_steps and model.remat make room for long contexts'
-        )
+def check_mesh(run: RunConfig, sizes: Mapping[str, int], config: GPTConfig) -> None:
+    """Raises InputError where a model cannot be trained on a mesh of these `sizes`, one for each axis.
+
+    The vocabulary is left out: what it is padded to may be known only with the data (`tree_shardings` has it).
+    """
+    halves = 2 if sizes['context'] > 1 else 1
+    divided = (
+        ('fsdp', 'model.d_model', config.d_model, 1, ''),
+        ('tensor', 'model.n_head', config.n_head, 1, ''),
+        ('tensor', "the MLP's width", config.d_mlp, 1, ''),
+        ('context', 'model.block_size', config.block_size, halves, ': each device has two pieces of a sequence'),
+    )
+    for axis, key, value, pieces, why in divided:
+        if value % (sizes[axis] * pieces):
+            product = f'{pieces} x ' if pieces > 1 else ''
+            raise InputError(
+                f'{key}={value} is not divisible by {product}mesh.{axis}={sizes[axis]}{why}; choose a multiple of '
+                f'{sizes[axis] * pieces}, or another mesh.{axis}'
+            )
     rows = sizes['data'] * sizes['fsdp']
     where = f'the {rows} devices of mesh.data={sizes["data"]} x mesh.fsdp={sizes["fsdp"]}'
     micro_batch = run.train.batch_size // run.train.accumulation_steps

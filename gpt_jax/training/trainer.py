@@ -22,7 +22,7 @@ from gpt_jax.checkpoints.loading import check_tree, read_items, stored_shapes
 from gpt_jax.config import RunConfig, as_dict, as_record, parse, read_record
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
-from gpt_jax.models import GPT, attention_kernels
+from gpt_jax.models import GPT, GPTConfig, attention_kernels
 from gpt_jax.parallel import global_batch, make_mesh, processes, replicated, tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
@@ -212,9 +212,10 @@ class Trainer:
         # What the first weights were, for the description of checkpoints.
         self._init_from = (recorded or {}).get('init_from')
         self.mesh = make_mesh(run.mesh)
-        check_mesh(run, self.mesh.shape)
-        check_memory(run, model_config(run, run.model.vocab_size or 1), self.mesh)
-        check_multipliers(run)
+        planned = model_config(run, run.model.vocab_size or 1)
+        check_mesh(run, self.mesh.shape, planned)
+        check_memory(run, planned, self.mesh)
+        check_multipliers(run, planned)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         alike = {
             'data': self.data.fingerprint,
@@ -346,7 +347,12 @@ class Trainer:
     def logs(self):
         """Opens the logs, cut back to `start`, for the length of a block; loss.png is drawn at its end."""
         devices = f'{jax.device_count()} {jax.devices()[0].platform} device(s)'
-        kernels = attention_kernels(self.model.config, self.mesh.devices.flat[0], self._separator is not None)
+        kernels = attention_kernels(
+            self.model.config,
+            self.mesh.devices.flat[0],
+            documents=self._separator is not None,
+            time_is_split=self.mesh.shape['context'] > 1,
+        )
         sizes = sorted({size * self._run.model.block_size for _, _, size in self._sizes.stages})
         tokens = f'{sizes[0]:,}' if len(sizes) == 1 else f'{sizes[0]:,} to {sizes[-1]:,}'
         self.say(
@@ -739,11 +745,10 @@ class _DeviceBatches:
         return prefetch(self.make, start, stop, on_wait=on_wait)
 
 
-def check_multipliers(run: RunConfig) -> None:
+def check_multipliers(run: RunConfig, config: GPTConfig) -> None:
     """Raises InputError where a rule of `optimizer.multipliers` cannot be read, or matches no parameter."""
     if rules := parse_multipliers(run.optimizer.multipliers):
-        model = GPT(model_config(run, run.model.vocab_size or 1))
-        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+        params = jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
         factors(rules, params, 'lr')
 
 

@@ -51,12 +51,42 @@ def test_cudnn_takes_types_of_16_bits(dtype, kernel):
     assert choose_kernel(H100, jnp.dtype(dtype), 64) == kernel
 
 
+@pytest.mark.parametrize(
+    ('changes', 'kernel'),
+    [
+        ({}, 'splash'),
+        ({'band': 8, 'documents': True}, 'splash'),
+        ({'dtype': 'float32', 'head_dim': 80, 'time': 2048}, 'splash'),
+        ({'device': CPU}, 'blockwise'),
+        ({'dtype': 'float16'}, 'blockwise'),
+        ({'head_dim': 264}, 'blockwise'),
+        ({'time': 1000}, 'blockwise'),
+        ({'time': None, 'band': 8}, 'banded'),
+        ({'divides': False}, 'blockwise'),
+        ({'dropout': True}, 'full'),
+    ],
+)
+def test_splash_is_taken_on_a_tpu_where_it_has_the_case(changes, kernel):
+    case = {'device': TPU, 'dtype': 'bfloat16', 'head_dim': 64, 'time': 1024} | changes
+    device, dtype, head_dim = (case.pop(name) for name in ('device', 'dtype', 'head_dim'))
+    assert choose_kernel(device, jnp.dtype(dtype), head_dim, **case) == kernel
+
+
 @pytest.mark.parametrize('device', [H100, CPU])
 def test_dropout_makes_all_probabilities_and_documents_go_block_by_block(device):
     assert choose_kernel(device, jnp.bfloat16, 64, dropout=True, documents=True, band=8) == 'full'
     assert choose_kernel(device, jnp.bfloat16, 64, documents=True) == 'blockwise'
     assert choose_kernel(device, jnp.bfloat16, 64, documents=True, band=8) == 'banded'
     assert choose_kernel(device, jnp.bfloat16, 64, band=8) == ('cudnn' if device is H100 else 'banded')
+
+
+@pytest.mark.parametrize('device', [H100, TPU])
+def test_time_that_is_split_goes_round_a_ring_or_to_neighbours(device):
+    choose = functools.partial(choose_kernel, device, jnp.bfloat16, 64, time_is_split=True)
+    assert (choose(), choose(documents=True)) == ('ring', 'ring')
+    assert (choose(band=8), choose(band=8, documents=True)) == ('ring_banded', 'ring_banded')
+    assert choose(dropout=True) == 'full'
+    assert attention_kernels(preset_config('gpt3-125m'), device, time_is_split=True) == ['ring', 'ring_banded']
 
 
 @pytest.mark.parametrize(
@@ -68,6 +98,8 @@ def test_dropout_makes_all_probabilities_and_documents_go_block_by_block(device)
         (H100, {'attention_dropout': 0.1}, False, ['full']),
         (CPU, {}, False, ['blockwise', 'banded']),
         (CPU, {'band_size': 1024}, False, ['blockwise']),
+        (TPU, {}, True, ['splash']),
+        (TPU, {'block_size': 1000}, False, ['blockwise', 'banded']),
         (T4, {'attention_pattern': 'dense'}, False, ['blockwise']),
     ],
 )

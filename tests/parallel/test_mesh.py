@@ -111,8 +111,8 @@ def test_a_flag_names_axes_with_their_sizes_and_the_others_are_one(text, expecte
         ('model:2', "'model:2' is not"),
         ('fsdp:2,fsdp:4', "'fsdp:4' is not a new axis"),
         ('fsdp:2,', "'' is not"),
-        ('context:2', 'context splits texts over devices, which is not possible yet'),
-        ('context:-1', 'context splits texts'),
+        ('context:2', 'context splits the tokens of a text over devices, which training alone does'),
+        ('context:-1', 'context splits the tokens'),
     ],
 )
 def test_a_flag_that_names_no_mesh_is_refused_with_the_way_to_write_it(text, message):

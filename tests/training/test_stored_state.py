@@ -222,7 +222,7 @@ def test_smaller_batches_are_cut_into_micro_batches_no_larger_than_the_full_ones
             }
         )
     )
-    check_mesh(run, {'data': 8, 'fsdp': 1, 'tensor': 1, 'context': 1})
+    check_mesh(run, {'data': 8, 'fsdp': 1, 'tensor': 1, 'context': 1}, model_config(run, 100))
     from gpt_jax.training.step import micro_batches
 
     assert [micro_batches(run, size, 8) for size in (8, 16, 24, 64)] == [1, 1, 3, 4]

@@ -288,11 +288,12 @@ def test_the_same_config_gives_the_same_run_and_another_seed_another(finished_ru
         ({'train.accumulation_steps': 4}, 'train.batch_size=16 in 4 micro-batches of 4 is not divisible by the 8'),
         ({'eval.batch_size': 4}, 'eval.batch_size=4 is not divisible by the 8 devices'),
         (
-            {'mesh.data': 4, 'mesh.context': 2},
-            'mesh.context=2 cannot train yet, for want of ring attention: set it to 1',
+            {'mesh.context': 8, 'model.block_size': 24},
+            'model.block_size=24 is not divisible by 2 x mesh.context=8: each device has two pieces of a sequence; '
+            'choose a multiple of 16, or another mesh.context',
         ),
         ({'mesh.fsdp': 3}, 'mesh.fsdp=3'),
-        ({'mesh.tensor': 8}, 'mesh.tensor=8 does not divide a dimension of 2'),
+        ({'mesh.tensor': 8}, 'model.n_head=2 is not divisible by mesh.tensor=8; choose a multiple of 8'),
         ({'model.vocab_size': 5}, 'model.vocab_size=5 is smaller than the'),
         ({'model.block_size': 100_000}, 'block_size=100000'),
     ],

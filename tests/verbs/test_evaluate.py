@@ -86,7 +86,10 @@ def test_the_numbers_are_the_same_on_any_mesh(verb, checkpoint, text):
             'fsdp:3',
             '--mesh=fsdp:3: mesh.data=1, mesh.fsdp=3, mesh.tensor=1, mesh.context=1 does not divide the 8 devices',
         ),
-        ('fsdp:4,context:2', '--mesh=fsdp:4,context:2: context splits texts over devices, which is not possible yet'),
+        (
+            'fsdp:4,context:2',
+            '--mesh=fsdp:4,context:2: context splits the tokens of a text over devices, which training alone does',
+        ),
         ('tensor:8', 'mesh.tensor=8 does not divide a dimension of 2 in'),
     ],
 )
