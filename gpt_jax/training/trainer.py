@@ -273,28 +273,28 @@ class Trainer:
     def first_state(self) -> TrainState:
         """The state after step `start`: restored, or before the first one drawn or taken from another's weights."""
         if self.start:
-            return self._restore(verify=False)  # `recover` did
+            return self._restore()
         params = None if self._weights is None else self._load_weights(self._weights)
         return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params, self._settings)
 
-    def _restore(self, verify: bool) -> TrainState:
-        """The state of the checkpoint of step `start`; what it does not hold, since it is older or a key was unset
+    def _restore(self) -> TrainState:
+        """The state of the checkpoint of step `start`, which `recover` has verified; what it does not hold, since it is older or a key was unset
         then, begins here.
         """
         abstract = abstract_state(self.model, self.optimizer, self.mesh, self._settings)
         folder, wanted = self._checkpoints.folder / str(self.start), abstract.optimizer
         stored, fresh = stored_shapes(folder, 'optimizer') or {}, {}
         for name in ('skipped_in_a_row', 'spikes'):
-            if _layout(stored.get(name)) != _layout(wanted[name]):
-                # What has another size now is read, as a whole is, and left.
+            if name not in stored:
+                fresh[name] = wanted.pop(name)
+            elif _layout(stored[name]) != _layout(wanted[name]):
+                # What has another size now is read, since a checkpoint is read whole, and left.
                 fresh[name] = wanted[name]
                 wanted[name] = jax.tree.map(
                     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(self.mesh)),
-                    stored.get(name),
+                    stored[name],
                 )
-                if name not in stored:
-                    del wanted[name]
-        params, optimizer, _ = self._checkpoints.restore(self.start, abstract.params, wanted, verify=verify)
+        params, optimizer, _ = self._checkpoints.restore(self.start, abstract.params, wanted, verify=False)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)
         optimizer |= jax.jit(
             lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh), out_shardings=shardings
@@ -464,7 +464,7 @@ class Trainer:
         Where it is killed before it has saved again it does all of this once more: no record of it is needed.
         """
         self._checkpoints.wait()
-        to = self._checkpoints.latest_step() or 0
+        to = (recover(self._checkpoints.folder, self._progress.line) or {'step': 0})['step']
         left_out = self._sizes.rows_before(diverged.step) - self._sizes.rows_before(to)
         self._went_back.append({'from': diverged.step, 'to': to, 'rows_left_out': left_out})
         where = f'step {to}, the last good checkpoint' if to else 'the start, as there is no checkpoint yet'
@@ -474,7 +474,7 @@ class Trainer:
         )
         self.start = to
         self._close_logs()
-        state = self._restore(verify=True) if to else self.first_state()
+        state = self.first_state()
         self._best_loss = self._checkpoints.best_loss()
         self._open_logs(to or 0)
         return state
