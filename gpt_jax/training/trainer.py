@@ -278,8 +278,9 @@ class Trainer:
         return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params, self._settings)
 
     def _restore(self) -> TrainState:
-        """The state of the checkpoint of step `start`, which `recover` has verified; what it does not hold, since it is older or a key was unset
-        then, begins here.
+        """The state of the checkpoint of step `start`, which `recover` has verified.
+
+        What it does not hold, since it is older or a key was unset then, begins here.
         """
         abstract = abstract_state(self.model, self.optimizer, self.mesh, self._settings)
         folder, wanted = self._checkpoints.folder / str(self.start), abstract.optimizer
