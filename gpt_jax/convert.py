@@ -19,6 +19,7 @@ from gpt_jax.errors import InputError
 SOURCE = flags.DEFINE_string('source', None, 'a Hugging Face directory, a workdir, or a checkpoints/STEP folder')
 TARGET = flags.DEFINE_string('target', None, 'the folder to make: new, or empty')
 STEP = flags.DEFINE_integer('step', None, 'which step of the workdir')
+WEIGHTS = cli.define_weights_flag()
 DTYPE = flags.DEFINE_enum('dtype', None, ['f32', 'bf16', 'fp16'], 'of the Hugging Face tensors (default: f32)')
 cli.define_mesh_flag()
 
@@ -30,7 +31,7 @@ def main() -> None:
             raise InputError(f'--{flag.name} is missing; convert one folder into another: --source=DIR --target=DIR')
     from gpt_jax import checkpoints
 
-    found = checkpoints.resolve(SOURCE.value, STEP.value)
+    found = checkpoints.resolve(SOURCE.value, STEP.value, WEIGHTS.value)
     if found.huggingface:
         if DTYPE.value is not None:
             raise InputError(f'--dtype={DTYPE.value}: parameters of a checkpoint are always f32; leave it out')

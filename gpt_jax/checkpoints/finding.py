@@ -32,7 +32,7 @@ from gpt_jax.files import check_local, sha256
 from gpt_jax.models import GPTConfig, huggingface
 
 META_FILE = 'meta/metadata'  # where orbax puts the JSON item named `meta`
-ITEMS = ('params', 'optimizer', 'meta')
+ITEMS = ('params', 'optimizer', 'ema', 'meta')
 META_FORMAT = 1  # raised when an older gpt_jax would misread a record; records without a `format` are of format 1
 NAME_ONE = 'give a workdir, a checkpoints/STEP folder or a Hugging Face directory'
 TRIES = 5
@@ -49,12 +49,14 @@ class Resolved:
       step: 0 for a Hugging Face directory.
       workdir: the workdir around it, where there is one.
       chosen_from: the folder of which it is the best or the latest step; None where the user named the step itself.
+      weights: which are read of it: 'raw', or 'ema', their average (`optimizer.ema_decay`).
     """
 
     folder: pathlib.Path
     step: int
     workdir: pathlib.Path | None
     chosen_from: pathlib.Path | None = dataclasses.field(default=None, compare=False)
+    weights: str = 'raw'
 
     @property
     def huggingface(self) -> bool:
@@ -79,15 +81,33 @@ class PretrainedWeights:
     tokenizer: Tokenizer
 
 
-def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
+def resolve(path: str | os.PathLike, step: int | None = None, weights: str = 'raw') -> Resolved:
     """Find the checkpoint that `path` names.
 
     That is a workdir, its `checkpoints` folder, a step folder anywhere, or a Hugging Face directory.
 
     Of several steps, the one of the lowest validation loss is taken, where any has one, else the latest; `step` names
-    another. Steps whose record is damaged are left out, with a warning. Raises InputError when the path does not exist,
-    is an address, holds no good checkpoint, or lacks that step.
+    another. Steps whose record is damaged are left out, with a warning. `weights` are 'raw', or 'ema': the average that
+    a run with `optimizer.ema_decay` keeps. Raises InputError when the path does not exist, is an address, holds no good
+    checkpoint, or lacks that step or these weights.
     """
+    found = _resolve(path, step)
+    if weights != 'raw':
+        found = dataclasses.replace(found, weights=weights)
+        check_weights(found)
+    return found
+
+
+def check_weights(found: Resolved) -> None:
+    """Raises InputError where a checkpoint does not have the weights that are to be read of it."""
+    if found.weights != 'raw' and not (found.folder / found.weights).is_dir():
+        raise InputError(
+            f'{found.folder} holds no average of its parameters (a run keeps one with optimizer.ema_decay): '
+            'leave --weights=ema out, or name another step'
+        )
+
+
+def _resolve(path: str | os.PathLike, step: int | None) -> Resolved:
     given, path = path, _absolute(path)
     if _is_step_folder(path):
         own_step = read_step_meta(path)['step']
@@ -162,7 +182,7 @@ def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
         else:
             tries -= 1
         try:
-            found, _ = _choose(folder, folder, damaged)
+            found = dataclasses.replace(_choose(folder, folder, damaged)[0], weights=found.weights)
         except InputError:
             if not damaged:
                 raise
@@ -176,15 +196,15 @@ def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
     )
 
 
-def find_weights(path: str | os.PathLike) -> PretrainedWeights:
+def find_weights(path: str | os.PathLike, weights: str = 'raw') -> PretrainedWeights:
     """The weights that `path` names, as `resolve` finds them, with architecture and tokenizer; no array is read.
 
     In a run of several processes every process makes this call, and all are given the step that process 0 chose.
     Raises InputError as `resolve` and `read_meta`, and `read_model_config`.
     """
-    found = resolve(path)
+    found = resolve(path, weights=weights)
     if jax.distributed.is_initialized() and found.chosen_from is not None:
-        found = resolve(path, int(multihost_utils.broadcast_one_to_all(np.int32(found.step))))
+        found = resolve(path, int(multihost_utils.broadcast_one_to_all(np.int32(found.step))), weights)
 
     def describe(found: Resolved) -> PretrainedWeights:
         meta = read_meta(found)

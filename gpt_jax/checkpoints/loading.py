@@ -24,6 +24,7 @@ from jax.sharding import Mesh, Sharding
 from gpt_jax.checkpoints import verifying
 from gpt_jax.checkpoints.finding import (
     Resolved,
+    check_weights,
     describe_huggingface,
     describe_save,
     read_meta,
@@ -132,15 +133,21 @@ def _load(found: Resolved, sharding: Placement) -> Loaded:
     if found.huggingface:
         params = _huggingface_params(folder, sharding)
     else:
-        verifying.verify_together(folder, lambda name: not name.startswith('optimizer/'), way_out=way_out(folder))
-        shapes = stored_shapes(folder, 'params')
+        check_weights(found)
+        item, left = ('params', 'ema') if found.weights == 'raw' else ('ema', 'params')
+        unread = ('optimizer/', f'{left}/')
+        verifying.verify_together(folder, lambda name: not name.startswith(unread), way_out=way_out(folder))
+        shapes = stored_shapes(folder, item)
         placed = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,
             _places(shapes, sharding),
         )
-        params = read_items(folder, params=placed)['params']
+        params = read_items(folder, **{item: placed})[item]
         _check_finite(folder, params)
+        if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
+            # Of precision.params='bf16': what uses a model takes it in float32, and makes of it what it wants.
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     return Loaded(params, meta, found.step, folder)
 
 

@@ -163,14 +163,22 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any], val_loss: float | None = None) -> bool:
+    def save(
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        meta: dict[str, Any],
+        val_loss: float | None = None,
+        ema: Any = None,
+    ) -> bool:
         """Start saving `step`; returns once the arrays may be donated, after waiting for the previous save.
 
-        `params` and `optimizer` are pytrees of arrays; an optimizer without any (None) is left out. `meta` is a JSON
-        dict; `format`, `step`, `val_loss` (None where not finite) and `versions` are added to it. A step that is
-        already saved is left as it is, and False returned. A damaged checkpoint in its place is set aside. Raises what
-        the previous save failed with, TypeError for a leaf or a meta that cannot be stored, InputError where
-        `folder/STEP` is something else or the disk is full or cannot be written to.
+        `params`, `optimizer` and `ema` (the parameters' average) are pytrees of arrays; without any (None) the latter
+        two are left out. `meta` is a JSON dict; `format`, `step`, `val_loss` (None where not finite) and `versions` are
+        added to it. A step that is already saved is left as it is, and False returned. A damaged checkpoint in its
+        place is set aside. Raises what the previous save failed with, TypeError for a leaf or a meta that cannot be
+        stored, InputError where `folder/STEP` is something else or the disk is full or cannot be written to.
         """
         self.wait()
         if step in self.steps():
@@ -179,11 +187,11 @@ class Checkpoints:
         meta = {**meta, **describe_save(step, val_loss)}
         json.dumps(meta)  # a meta that is not JSON is refused here, not later in the background
         with self._told(step):
-            self._start(step, params, optimizer, meta)
+            self._start(step, params, optimizer, meta, _storable(ema))
         self._pending = self._finisher.submit(self._finish, step)
         return True
 
-    def _start(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any]) -> None:
+    def _start(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any], ema: Any) -> None:
         orbax = self._open()
         place = self.folder / str(step)
         if os.path.lexists(place):
@@ -194,6 +202,8 @@ class Checkpoints:
         items = {'params': ocp.args.StandardSave(params), 'meta': ocp.args.JsonSave(meta)}
         if jax.tree.leaves(optimizer):
             items['optimizer'] = ocp.args.StandardSave(optimizer)
+        if jax.tree.leaves(ema):
+            items['ema'] = ocp.args.StandardSave(ema)
         orbax.save(step, args=ocp.args.Composite(**items), force=True)
 
     @contextlib.contextmanager

@@ -81,7 +81,11 @@ class Throughput:
         yield
         self._started += time.perf_counter() - began
 
-    def lap(self, step: int, tokens_per_step: int) -> tuple[float, float]:
+    def steps_since(self, step: int) -> int:
+        """Steps from the last lap or start to `step`."""
+        return step - self._step
+
+    def lap(self, step: int, tokens_per_step: float) -> tuple[float, float]:
         """Since the last lap or start, which this ends: tokens per second, and milliseconds waited for batches."""
         now = time.perf_counter()
         rate = (step - self._step) * tokens_per_step / max(now - self._started, 1e-9)
@@ -455,7 +459,7 @@ def plot_loss(workdir: pathlib.Path) -> None:
     from matplotlib.figure import Figure  # half a second, which the start of a run need not wait for
 
     rows = list(read_rows(workdir / 'metrics.jsonl'))
-    training = [(row['step'], row['loss']) for row in rows if 'loss' in row]
+    training = [(row['step'], row['loss']) for row in rows if row.get('loss') is not None]
     validation = [(row['step'], row['val_loss']) for row in rows if 'val_loss' in row]
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
