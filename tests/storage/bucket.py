@@ -25,6 +25,8 @@ logging.getLogger('gcp_storage_emulator').setLevel(logging.CRITICAL)
 class Handler(emulator.RequestHandler):
     """The emulator's, one request after another."""
 
+    protocol_version = 'HTTP/1.1'  # a connection serves many
+
     def __init__(self, bucket, *args):
         self.bucket = bucket
         super().__init__(bucket.storage, *args)
