@@ -36,6 +36,7 @@ NOT_RUN = {
     r'docker |mkdir -p runs$': 'needs a Docker engine',
     r'(GPT_JAX_GPT2_FILES=DIR )?(python -m )?pytest( |$)|\.ci/run': 'would run the tests within the tests',
     r'.* --distributed ': 'needs two hosts; tests/training trains in two processes',
+    r'.*gs://bucket/': 'needs a bucket; tests/storage runs every verb on an emulated one',
     r'.* --topology=': 'needs libtpu and minutes; tests/verbs compiles a small step where libtpu is there',
 }
 

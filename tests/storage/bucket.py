@@ -77,6 +77,9 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
 
+    def handle_error(self, request, client_address):
+        """Nothing: a reader that wants no more, or was killed."""
+
 
 class Bucket:
     """A running one.
