@@ -130,9 +130,10 @@ def test_all_go_on_when_all_are_there_and_the_port_is_free_again(coordinator, co
 def test_those_that_came_are_told_who_is_missing(coordinator):
     told = meet_all(*[Place(coordinator, 4, number) for number in (0, 2)])
     assert told[0] == told[1]
+    came = f'processes 0 and 2 came, from {socket.gethostname()}'
     assert told[0] == (
-        f'processes 1 and 3 of 4 did not come within 0.5 s (processes 0 and 2 came, from {socket.gethostname()}); start '
-        'all with the same command, or give those that start slowly more time with --connect_seconds'
+        f'processes 1 and 3 of 4 did not come within 0.5 s ({came}); start all with the same command, or give those '
+        'that start slowly more time with --connect_seconds'
     )
 
 
@@ -172,6 +173,23 @@ def test_two_processes_of_one_number_are_named(coordinator):
     here = f'{socket.gethostname()} (pid {os.getpid()})'
     expected = f'--process_id=1 was given to two processes, on {here} and {here}; give each its own, from 0'
     assert told == [expected] * 3
+
+
+def test_those_that_come_a_moment_later_are_told_as_well(coordinator, monkeypatch):
+    noticed, let_in = threading.Event(), rendezvous._Reception._let_in
+
+    def noting(*arguments):
+        wrong = let_in(*arguments)
+        if wrong is not None:
+            noticed.set()
+        return wrong
+
+    monkeypatch.setattr(rendezvous._Reception, '_let_in', noting)
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        early = executor.submit(meet_all, Place(coordinator, 3, 0), Place(coordinator, 2, 1), seconds=3)
+        noticed.wait(30)
+        late = meet_all(Place(coordinator, 3, 2), seconds=3)
+    assert set(late) == set(early.result())
 
 
 def test_one_that_died_meanwhile_may_come_again(coordinator):
