@@ -193,14 +193,13 @@ def test_those_that_come_a_moment_later_are_told_as_well(coordinator, monkeypatc
 
 
 def test_one_that_died_meanwhile_may_come_again(coordinator):
-    place = Place(coordinator, 2, 0)
+    first, others = Place(coordinator, 3, 0), [Place(coordinator, 3, number) for number in (1, 2)]
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        first = executor.submit(meet, place, 30)
-        hello = {'gpt_jax': 'hello', 'process_id': 1, 'num_processes': 2, 'host': 'a', 'pid': 1}
-        with connection_to(place) as connection:
+        told = executor.submit(meet_all, first, seconds=30)
+        hello = {'gpt_jax': 'hello', 'process_id': 1, 'num_processes': 3, 'host': 'a', 'pid': 1}
+        with connection_to(first) as connection:
             connection.sendall((json.dumps(hello) + '\n').encode())
-        meet(Place(coordinator, 2, 1), 30)
-        first.result(30)
+        assert meet_all(*others, seconds=30) + told.result() == [None] * 3
 
 
 @pytest.mark.parametrize(
