@@ -20,6 +20,7 @@ setup(
     install_requires=[
         'absl-py>=2.1',
         'datasets>=4.6',
+        'etils[epath]>=1.12',
         'filelock>=3.13',
         'flax>=0.12',
         'grain>=0.2.12',
@@ -45,9 +46,13 @@ setup(
         'gpu-aot': ['jax[cuda12-local]>=0.10', 'nvidia-cudnn-cu12>=9.8,<10'],
         'tpu': ['jax[tpu]>=0.10'],
         'tpu-aot': ['libtpu>=0.0.30'],
+        'gcs': ['gcsfs>=2025.5'],
+        's3': ['s3fs>=2025.5'],
         'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
         'parity': ['torch>=2.6', 'transformers>=5.0'],
         'test': [
+            'gcp-storage-emulator>=2026.7.18',
+            'gcsfs>=2025.5',
             'hypothesis>=6.100',
             'ipykernel>=6.29',
             'nbclient>=0.10',

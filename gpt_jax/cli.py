@@ -189,6 +189,16 @@ def define_mesh_flag() -> flags.FlagHolder:
     )
 
 
+def define_weights_flag() -> flags.FlagHolder:
+    """Defines --weights, the same for every verb that reads a checkpoint."""
+    return flags.DEFINE_enum(
+        'weights',
+        'raw',
+        ['raw', 'ema'],
+        'of the checkpoint: as they were trained, or their average (of a run with optimizer.ema_decay)',
+    )
+
+
 def read_mesh() -> 'Mesh | None':
     """The mesh that --mesh names, over all devices; None without the flag. Raises InputError, naming the flag."""
     text = flags.FLAGS['mesh'].value

@@ -18,6 +18,7 @@ line wins over the experiment file, and the file over the recipe.
 """
 
 import dataclasses
+import hashlib
 import math
 import numbers
 import operator
@@ -26,13 +27,16 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 from gpt_jax.errors import InputError
-from gpt_jax.files import cache_folder, check_local
+from gpt_jax.files import as_path, cache_folder, check_local, is_address
+
+if TYPE_CHECKING:
+    from gpt_jax.storage import Address
 
 # Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
 # something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
@@ -198,11 +202,15 @@ class DataConfig(_Section):
         None, 'processes that prepare a large corpus; unset: one for each core', resume=True, least=1, most=1024
     )
     mask_documents: bool = key(False, 'tokens see their own document alone; positions start again in each')
-    cache_dir: str | None = key(None, "token shards; unset: gpt_jax/data in the user's cache folder", resume=True)
+    cache_dir: str | None = key(
+        None, "token shards, a folder or gs://BUCKET/NAME; unset: gpt_jax/data in the user's cache folder", resume=True
+    )
 
     @property
     def cache(self) -> pathlib.Path:
-        """The folder where prepared data is kept."""
+        """The folder where prepared data is kept; with `cache_dir` on object storage, that of its local copies."""
+        if (shared := self.shared_cache) is not None:
+            return cache_folder('data-of-buckets') / hashlib.sha256(str(shared).encode()).hexdigest()[:16]
         path = self.cache_dir or cache_folder('data')
         check_local(path, f'data.cache_dir={path}')
         try:
@@ -216,6 +224,13 @@ class DataConfig(_Section):
             raise InputError(f'data.cache_dir={path}: cannot be used ({reason}); name another folder') from None
         return path
 
+    @property
+    def shared_cache(self) -> 'Address | None':
+        """`cache_dir` where that is on object storage, else None."""
+        if self.cache_dir is None or not is_address(self.cache_dir):
+            return None
+        return as_path(self.cache_dir, f'data.cache_dir={self.cache_dir}')
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Section):
@@ -227,12 +242,23 @@ class OptimizerConfig(_Section):
     epsilon: float | None = key(None, "added to Adam's denominator (recipe)", least=LEAST_EPSILON)
     weight_decay: float | None = key(None, 'decoupled; on matrices and embeddings alone (recipe)', least=0)
     clip_norm: float | None = key(None, 'of the global gradient; 0.0: no clipping (recipe)', least=0)
+    multipliers: str | None = key(
+        None, "on learning rate and decay, by parameter path; later ones win: 'wte:lr=0.5,decay=0;blocks/mlp/.*:lr=2.0'"
+    )
+    ema_decay: float | None = key(
+        None, 'of an average of the parameters, kept beside them; unset: none', resume=True, above=0, below=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig(_Section):
-    """The learning rate over the run."""
+    """The learning rate over the run, and how its batch grows."""
 
+    shape: str = key(
+        'cosine',
+        "after the warmup; 'wsd': stable, then linear down; 'inverse_sqrt': of the step, with no end",
+        choices=('cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'),
+    )
     warmup_steps: int | None = key(
         None, 'linear, from 0 to the peak (recipe)', length='warmup', least=0, most=MOST_STEPS
     )
@@ -240,14 +266,23 @@ class ScheduleConfig(_Section):
     warmup_epochs: float | None = key(None, 'the same in epochs of the training split', length='warmup', least=0)
     decay_steps: int | None = key(
         None,
-        "where the cosine ends, counted from step 0 (recipe, or the run's end)",
+        "where the shape ends, counted from step 0 (recipe, or the run's end)",
         length='decay',
         least=1,
         most=MOST_STEPS,
     )
     decay_tokens: int | None = key(None, 'the same in tokens (recipe)', length='decay', least=1)
     decay_epochs: float | None = key(None, 'the same in epochs of the training split', length='decay', above=0)
-    final_fraction: float | None = key(None, 'of the peak: the floor that the cosine ends on (recipe)', least=0, most=1)
+    final_fraction: float | None = key(None, 'of the peak: the floor that the shape ends on (recipe)', least=0, most=1)
+    cooldown_fraction: float = key(
+        0.2, "of 'wsd': the share of all steps up to the decay's end that go down", above=0, most=1
+    )
+    batch_ramp_tokens: int | None = key(
+        None, 'over which the batch grows to train.batch_size, in at most 8 sizes; unset: it does not', least=1
+    )
+    initial_batch_size: int | None = key(
+        None, "sequences of the ramp's first steps; unset: some 32,000 tokens, as GPT-3's", least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +290,7 @@ class TrainConfig(_Section):
     """Length, batch and seed."""
 
     init_from: str | None = key(None, 'a checkpoint or Hugging Face directory to take the first weights from')
+    init_weights: str = key('raw', "of that checkpoint; 'ema': their average", choices=('raw', 'ema'))
     steps: int | None = key(
         None, "the run's length: exactly one of these three", length='length', resume=True, least=1, most=MOST_STEPS
     )
@@ -265,6 +301,22 @@ class TrainConfig(_Section):
     seed: int = key(0, 'of initialisation, order of the data, dropout and previews', least=0, below=2**32)
     log_every_steps: int = key(
         10, 'rows of metrics.jsonl; the first and the last step have one as well', least=1, resume=True
+    )
+    max_skipped_in_a_row: int = key(
+        10,
+        'steps that are skipped (not finite, or a spike) before the run goes back to its last checkpoint, once',
+        resume=True,
+        least=1,
+    )
+    spike_loss_deviations: float | None = key(
+        None,
+        'a loss further above the mean of the window, in its standard deviations, skips its step; unset: never',
+        resume=True,
+        above=0,
+    )
+    spike_grad_norm_deviations: float | None = key(None, 'the same of the norm of the gradient', resume=True, above=0)
+    spike_window_steps: int = key(
+        128, 'the latest steps that were not skipped: what a spike is one of', resume=True, least=2, most=2**20
     )
 
 
@@ -301,9 +353,15 @@ class MeshConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig(_Section):
-    """Of matrix products and activations."""
+    """Of matrix products and activations, and of what is stored between steps."""
 
-    compute: str = key('f32', "'fp16' has dynamic loss scaling; parameters stay f32", choices=('f32', 'bf16', 'fp16'))
+    compute: str = key(
+        'f32', "products and activations; 'fp16' has dynamic loss scaling", choices=('f32', 'bf16', 'fp16')
+    )
+    params: str = key(
+        'f32', "as stored; 'bf16' is rounded by chance, without bias, after each step", choices=('f32', 'bf16')
+    )
+    moments: str = key('f32', "Adam's two, as stored; 'bf16' as above", choices=('f32', 'bf16'))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,18 @@ checkpoint folder becomes a directory that transformers' AutoModelForCausalLM an
 whole or not at all. --mesh is for a model that one device cannot hold; the files are the same.
 """
 
-import pathlib
 import shlex
 
 from absl import flags
 
 from gpt_jax import cli
 from gpt_jax.errors import InputError
+from gpt_jax.files import as_path, listing
 
 SOURCE = flags.DEFINE_string('source', None, 'a Hugging Face directory, a workdir, or a checkpoints/STEP folder')
 TARGET = flags.DEFINE_string('target', None, 'the folder to make: new, or empty')
 STEP = flags.DEFINE_integer('step', None, 'which step of the workdir')
+WEIGHTS = cli.define_weights_flag()
 DTYPE = flags.DEFINE_enum('dtype', None, ['f32', 'bf16', 'fp16'], 'of the Hugging Face tensors (default: f32)')
 cli.define_mesh_flag()
 
@@ -30,7 +31,7 @@ def main() -> None:
             raise InputError(f'--{flag.name} is missing; convert one folder into another: --source=DIR --target=DIR')
     from gpt_jax import checkpoints
 
-    found = checkpoints.resolve(SOURCE.value, STEP.value)
+    found = checkpoints.resolve(SOURCE.value, STEP.value, WEIGHTS.value)
     if found.huggingface:
         if DTYPE.value is not None:
             raise InputError(f'--dtype={DTYPE.value}: parameters of a checkpoint are always f32; leave it out')
@@ -39,7 +40,7 @@ def main() -> None:
     else:
         checkpoints.export_huggingface(found, TARGET.value, dtype=DTYPE.value or 'f32', mesh=cli.read_mesh())
         kind, use = 'Hugging Face directory', f'transformers.AutoModelForCausalLM.from_pretrained({TARGET.value!r})'
-    size = sum(path.stat().st_size for path in pathlib.Path(TARGET.value).expanduser().rglob('*') if path.is_file())
+    size = sum(listing(as_path(TARGET.value).expanduser()).values())
     print(f'{SOURCE.value} -> {kind} {TARGET.value}, {size / 1e6:,.1f} MB. Use it: {use}')
 
 

@@ -21,6 +21,7 @@ CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'a workdir, a checkpoints/STEP folder, or a Hugging Face directory'
 )
 STEP = flags.DEFINE_integer('step', None, 'which step of the workdir')
+WEIGHTS = cli.define_weights_flag()
 TEXT = flags.DEFINE_string('text', None, 'a UTF-8 text file; -: standard input')
 STRIDE = flags.DEFINE_integer('stride', None, 'tokens from one window to the next (default: half of the context)')
 CONTEXT = flags.DEFINE_integer('context', None, 'tokens that a prediction may see (default: block_size, the most)')
@@ -52,7 +53,7 @@ def main() -> None:
     from gpt_jax import checkpoints, evaluation, inference
 
     # A wrong name or mesh is told of before a text is waited for.
-    found, mesh = checkpoints.resolve(CHECKPOINT.value, STEP.value), cli.read_mesh()
+    found, mesh = checkpoints.resolve(CHECKPOINT.value, STEP.value, WEIGHTS.value), cli.read_mesh()
     text = _read_text(TEXT.value)
     cli.use_compilation_cache()
     loaded = checkpoints.load_model(found, mesh=mesh)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 flags.DEFINE_string('checkpoint', None, 'a workdir, a checkpoints/STEP folder, or a Hugging Face directory')
 flags.DEFINE_integer('step', None, 'which step of the workdir')
+cli.define_weights_flag()
 flags.DEFINE_string('prompt', None, 'text to continue; empty: starts a new document')
 flags.DEFINE_string('prompt_file', None, 'a text file with one prompt a line')
 flags.DEFINE_bool('prompt_lines', True, 'one prompt a line; --noprompt_lines: the file or standard input is one prompt')
@@ -110,7 +111,7 @@ def main() -> None:
     if FLAGS.debug:
         _check_debug()
     sampling, strategy, settings = _read_strategy()
-    found, mesh = checkpoints.resolve(FLAGS.checkpoint, FLAGS.step), cli.read_mesh()
+    found, mesh = checkpoints.resolve(FLAGS.checkpoint, FLAGS.step, FLAGS.weights), cli.read_mesh()
     prompts = None if FLAGS.interactive else inference.read_prompts(FLAGS.prompt, FLAGS.prompt_file, FLAGS.prompt_lines)
     loaded = checkpoints.load_model(found, mesh=mesh)
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size

@@ -37,6 +37,8 @@ NOT_RUN = {
     r'(GPT_JAX_GPT2_FILES=DIR )?(python -m )?pytest( |$)|\.ci/run': 'would run the tests within the tests',
     r'.* --coordinator=': 'needs two hosts; a Python block of SCALING.md runs two processes',
     r'(sbatch |kubectl |TPU=\S+ .*)?launch/|kubectl ': 'needs a cluster; tests/test_launch.py stands in for one',
+    r'.*gs://bucket/': 'needs a bucket; tests/storage runs every verb on an emulated one',
+    r'python -m gpt_jax.prove ': 'starts the program again and again; tests/verbs proves a run of its own',
     r'.* --topology=': 'needs libtpu and minutes; tests/verbs compiles a small step where libtpu is there',
 }
 

@@ -355,6 +355,9 @@ def test_only_what_changes_no_function_may_differ_on_resume():
     expected = {f'{section}.{name}' for section, name, _ in FIELDS if section in sections}
     expected |= {'train.log_every_steps', 'train.accumulation_steps', 'train.steps', 'train.tokens', 'train.epochs'}
     expected |= {'model.remat', 'model.scan_layers'}
+    # What guards a run, or is kept beside it, may begin when the need shows.
+    expected |= {'train.max_skipped_in_a_row', 'train.spike_window_steps', 'optimizer.ema_decay'}
+    expected |= {'train.spike_loss_deviations', 'train.spike_grad_norm_deviations'}
     expected |= {'data.path', 'data.streaming', 'data.num_workers', 'data.cache_dir'}
     assert allowed == expected
 

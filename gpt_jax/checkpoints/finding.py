@@ -24,15 +24,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gpt_jax import __version__
-from gpt_jax.checkpoints import verifying
+from gpt_jax.checkpoints import committing, verifying
 from gpt_jax.data import Tokenizer
 from gpt_jax.data.tokenizer import gpt2
 from gpt_jax.errors import InputError
-from gpt_jax.files import check_local, sha256
+from gpt_jax.files import as_path, cache_folder, is_address, listing, read_json, sha256
 from gpt_jax.models import GPTConfig, huggingface
+from gpt_jax.storage import Address, StorageError, check_reachable, local_copy
 
 META_FILE = 'meta/metadata'  # where orbax puts the JSON item named `meta`
-ITEMS = ('params', 'optimizer', 'meta')
+ITEMS = ('params', 'optimizer', 'ema', 'meta')
 META_FORMAT = 1  # raised when an older gpt_jax would misread a record; records without a `format` are of format 1
 NAME_ONE = 'give a workdir, a checkpoints/STEP folder or a Hugging Face directory'
 TRIES = 5
@@ -49,16 +50,20 @@ class Resolved:
       step: 0 for a Hugging Face directory.
       workdir: the workdir around it, where there is one.
       chosen_from: the folder of which it is the best or the latest step; None where the user named the step itself.
+      weights: which are read of it: 'raw', or 'ema', their average (`optimizer.ema_decay`).
     """
 
     folder: pathlib.Path
     step: int
     workdir: pathlib.Path | None
     chosen_from: pathlib.Path | None = dataclasses.field(default=None, compare=False)
+    weights: str = 'raw'
 
     @property
     def huggingface(self) -> bool:
         """Whether it is a Hugging Face directory."""
+        if is_address(self.folder):
+            return False  # `resolve` has fetched such a one
         return not verifying.exists(self.folder) and huggingface.is_directory(self.folder)
 
 
@@ -79,22 +84,42 @@ class PretrainedWeights:
     tokenizer: Tokenizer
 
 
-def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
+def resolve(path: str | os.PathLike, step: int | None = None, weights: str = 'raw') -> Resolved:
     """Find the checkpoint that `path` names.
 
     That is a workdir, its `checkpoints` folder, a step folder anywhere, or a Hugging Face directory.
 
     Of several steps, the one of the lowest validation loss is taken, where any has one, else the latest; `step` names
-    another. Steps whose record is damaged are left out, with a warning. Raises InputError when the path does not exist,
-    is an address, holds no good checkpoint, or lacks that step.
+    another. Steps whose record is damaged are left out, with a warning. `weights` are 'raw', or 'ema': the average that
+    a run with `optimizer.ema_decay` keeps. Raises InputError when the path does not exist, is an address, holds no good
+    checkpoint, or lacks that step or these weights.
     """
+    found = _resolve(path, step)
+    if weights != 'raw':
+        found = dataclasses.replace(found, weights=weights)
+        check_weights(found)
+    return found
+
+
+def check_weights(found: Resolved) -> None:
+    """Raises InputError where a checkpoint does not have the weights that are to be read of it."""
+    if found.weights != 'raw' and not (found.folder / found.weights).is_dir():
+        raise InputError(
+            f'{found.folder} holds no average of its parameters (a run keeps one with optimizer.ema_decay): '
+            'leave --weights=ema out, or name another step'
+        )
+
+
+def _resolve(path: str | os.PathLike, step: int | None) -> Resolved:
     given, path = path, _absolute(path)
+    if is_address(path) and not verifying.exists(path) and _is_huggingface(path):
+        path = _fetched(path, given, lambda name: '/' not in name)
     if _is_step_folder(path):
         own_step = read_step_meta(path)['step']
         if step not in (None, own_step):
             raise InputError(f'checkpoint {given} is step {own_step}, not {step}: give its workdir to choose a step')
-        return Resolved(path, own_step, _workdir(path.parent))
-    if huggingface.is_directory(path):
+        return _readable(Resolved(path, own_step, _workdir(path.parent)), given)
+    if not is_address(path) and huggingface.is_directory(path):
         if step is not None:
             raise InputError(f'checkpoint {given} is a Hugging Face directory, which has no steps: leave --step out')
         return Resolved(path, 0, None)
@@ -103,12 +128,20 @@ def resolve(path: str | os.PathLike, step: int | None = None) -> Resolved:
         chosen, damaged = _choose(folder, given)
         for problem in damaged:
             _warn(f'{problem.what}; step {chosen.step} is used instead')
-        return chosen
+        return _readable(chosen, given)
     steps = step_names(folder)
     if step not in steps:
         available = ', '.join(map(str, steps)) or 'none'
         raise InputError(f'{given} has no checkpoint of step {step}: it has {available}')
-    return Resolved(folder / str(step), step, _workdir(folder))
+    return _readable(Resolved(folder / str(step), step, _workdir(folder)), given)
+
+
+def _readable(found: Resolved, given: str | os.PathLike) -> Resolved:
+    """Where orbax can read the step: there, or from a local copy if it does not know the store."""
+    if not is_address(found.folder) or found.folder.scheme == 'gs':
+        return found
+    folder = _fetched(found.folder, given, lambda name: not name.startswith('optimizer/'))
+    return Resolved(folder, found.step, None)
 
 
 def _choose(
@@ -128,7 +161,7 @@ def _choose(
             try:
                 losses[step] = read_step_meta(folder / str(step))['val_loss']
             except verifying.DamagedError as error:
-                if (folder / str(step)).exists():
+                if _is_there(folder / str(step)):
                     damaged.append(error)
         if losses:
             measured = {step: loss for step, loss in losses.items() if loss is not None}
@@ -151,7 +184,7 @@ def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
         except Exception as error:
             # `Checkpoints` names a step when all its files are there, and renames it before they go: it is there as a
             # whole or not at all. Several processes would each choose for themselves: they give up together instead.
-            there, folder = found.folder.exists(), found.chosen_from
+            there, folder = _is_there(found.folder), found.chosen_from
             if jax.process_count() > 1 or (there and not (folder and isinstance(error, verifying.DamagedError))):
                 raise
             problem = error
@@ -162,7 +195,7 @@ def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
         else:
             tries -= 1
         try:
-            found, _ = _choose(folder, folder, damaged)
+            found = dataclasses.replace(_choose(folder, folder, damaged)[0], weights=found.weights)
         except InputError:
             if not damaged:
                 raise
@@ -176,15 +209,15 @@ def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
     )
 
 
-def find_weights(path: str | os.PathLike) -> PretrainedWeights:
+def find_weights(path: str | os.PathLike, weights: str = 'raw') -> PretrainedWeights:
     """The weights that `path` names, as `resolve` finds them, with architecture and tokenizer; no array is read.
 
     In a run of several processes every process makes this call, and all are given the step that process 0 chose.
     Raises InputError as `resolve` and `read_meta`, and `read_model_config`.
     """
-    found = resolve(path)
+    found = resolve(path, weights=weights)
     if jax.distributed.is_initialized() and found.chosen_from is not None:
-        found = resolve(path, int(multihost_utils.broadcast_one_to_all(np.int32(found.step))))
+        found = resolve(path, int(multihost_utils.broadcast_one_to_all(np.int32(found.step))), weights)
 
     def describe(found: Resolved) -> PretrainedWeights:
         meta = read_meta(found)
@@ -221,7 +254,9 @@ def step_names(folder: pathlib.Path) -> list[int]:
         return []
     except OSError as error:
         raise InputError(f'{folder} cannot be read ({error.strerror})') from None
-    return sorted(int(path.name) for path in paths if is_step_name(path.name) and is_checkpoint(path))
+    return sorted(
+        int(path.name) for path in paths if is_step_name(path.name) and is_checkpoint(path) and committing.counts(path)
+    )
 
 
 def is_step_name(name: str) -> bool:
@@ -233,8 +268,12 @@ def is_step_name(name: str) -> bool:
 def is_checkpoint(path: pathlib.Path) -> bool:
     """Whether `path` is a checkpoint or the remains of one: an empty folder, or one with something of a save."""
     try:
-        names = {entry.name for entry in os.scandir(path)}
+        names = {entry.name for entry in path.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError:
+        if is_address(path):
+            raise
         return False
     return not names or not names.isdisjoint({verifying.NAME, '_CHECKPOINT_METADATA', *ITEMS})
 
@@ -264,6 +303,8 @@ def read_step_meta(step_folder: pathlib.Path) -> dict[str, Any]:
     verifying.verify(step_folder, META_FILE.__eq__, way_out=way_out(step_folder))
     try:
         meta = json.loads((step_folder / META_FILE).read_bytes())
+    except StorageError:
+        raise
     except OSError as error:
         raise verifying.DamagedError(
             f'{step_folder / META_FILE} cannot be read ({error.strerror})', way_out(step_folder)
@@ -360,8 +401,13 @@ def _update(meta: dict[str, Any]) -> str:
 
 
 def _absolute(path: str | os.PathLike) -> pathlib.Path:
-    """Where `path` is, through its links. Raises InputError where nothing is, or it is no path of this machine."""
-    check_local(path, f'checkpoint {path}')
+    """Where `path` is, through its links. Raises InputError where nothing is, or it can be no path."""
+    place = as_path(path, f'checkpoint {path}')
+    if is_address(place):
+        check_reachable(place, f'checkpoint {path}')
+        if not place.exists():
+            raise InputError(f'checkpoint {path} does not exist: {NAME_ONE}')
+        return place
     if not os.fspath(path):
         raise InputError(f'the name of the checkpoint is empty: {NAME_ONE}')
     try:
@@ -376,8 +422,36 @@ def _absolute(path: str | os.PathLike) -> pathlib.Path:
     return absolute
 
 
+def _fetched(folder: Address, given: str | os.PathLike, wanted: Callable[[str], bool]) -> pathlib.Path:
+    """A local copy of a folder's objects, for readers that take files alone."""
+    try:
+        return local_copy(folder, filter(wanted, listing(folder)), cache_folder('objects'))
+    except OSError as error:
+        raise InputError(f'checkpoint {given} cannot be fetched ({error.strerror or error})') from None
+
+
+def _is_huggingface(folder: Address) -> bool:
+    """`huggingface.is_directory`, of objects."""
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+        if not names.isdisjoint({huggingface.SINGLE, huggingface.INDEX, *huggingface.PICKLED}):
+            return True
+        document = read_json(folder / 'config.json') if 'config.json' in names else None
+    except (InputError, OSError) as error:
+        if isinstance(error, StorageError):
+            raise
+        return False
+    return isinstance(document, dict) and 'model_type' in document
+
+
+def _is_there(step_folder: pathlib.Path) -> bool:
+    return step_folder.exists() and committing.counts(step_folder)
+
+
 def _is_step_folder(path: pathlib.Path) -> bool:
     """Whether `path` is a single checkpoint, be it damaged, and not a folder with several."""
+    if is_address(path):
+        return verifying.exists(path) or (path / '_CHECKPOINT_METADATA').is_file()
     return verifying.exists(path) or ((path / '_CHECKPOINT_METADATA').is_file() and not huggingface.is_directory(path))
 
 

@@ -5,13 +5,14 @@ function of (seed, step).
 """
 
 from gpt_jax.config import DataConfig
-from gpt_jax.data.batches import Batches, TokenSource, ValidationBatches, document_positions, prefetch
+from gpt_jax.data.batches import Batches, BatchSizes, TokenSource, ValidationBatches, document_positions, prefetch
 from gpt_jax.data.corpus import Corpus
 from gpt_jax.data.pipeline import Prepared, TrainingData, load_corpus, prepare
 from gpt_jax.data.shards import ShardInfo, Tokens, read_header, write_shard
 from gpt_jax.data.tokenizer import Tokenizer
 
 __all__ = [
+    'BatchSizes',
     'Batches',
     'Corpus',
     'DataConfig',

@@ -37,6 +37,79 @@ class TokenSource:
     weight: Fraction = Fraction(1)
 
 
+MOST_BATCH_SIZES = 8  # of a ramp: a training step is compiled for each of them
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """How many rows the batch of each step has, and so which rows of the run these are: one size, or a few that grow.
+
+    Attributes:
+      stages: (first step, first row, rows of a batch) of each size, ascending; the last one goes on without end.
+    """
+
+    stages: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def constant(cls, batch_size: int) -> 'BatchSizes':
+        """The same size at every step."""
+        _check_batch_size(batch_size)
+        return cls(((0, 0, batch_size),))
+
+    @classmethod
+    def ramp(cls, first: int, full: int, block_size: int, ramp_tokens: int) -> 'BatchSizes':
+        """From `first` rows to `full` ones along a line over `ramp_tokens` tokens (GPT-3, appendix B), in steps.
+
+        There are at most `MOST_BATCH_SIZES` sizes, evenly spaced, all of them multiples of `first`. A batch has the
+        largest of them that the line has reached, and the full one from `ramp_tokens` on.
+
+        Raises:
+          InputError: `first` does not divide `full`.
+        """
+        _check_batch_size(first)
+        if full % first:
+            raise InputError(
+                f'train.batch_size={full} is no multiple of schedule.initial_batch_size={first}, from which it grows; '
+                'choose one that divides it'
+            )
+        count = min(MOST_BATCH_SIZES, full // first)
+        sizes = sorted({first * round(1 + (full // first - 1) * k / max(count - 1, 1)) for k in range(count)})
+        stages, step, row = [], 0, 0
+        for size, following in zip(sizes, [*sizes[1:], None], strict=True):
+            stages.append((step, row, size))
+            if following is not None:
+                # Tokens at which the line reaches the next size, and from there whole steps; all in whole numbers.
+                missing = ramp_tokens * (following - first) - row * block_size * (full - first)
+                steps = max(0, -(-missing // (size * block_size * (full - first))))
+                step, row = step + steps, row + steps * size
+        # A ramp of fewer tokens than a batch leaves no step for some sizes.
+        return cls(tuple(a for a, b in zip(stages, [*stages[1:], None], strict=True) if b is None or b[0] > a[0]))
+
+    @property
+    def full(self) -> int:
+        """Rows of a batch when it grows no more."""
+        return self.stages[-1][2]
+
+    def at(self, step: int) -> int:
+        """Rows of the batch of `step`, counted from 0."""
+        return self._stage(step)[2]
+
+    def rows_before(self, step: int) -> int:
+        """Rows of all batches before that of `step`: the number of its first row."""
+        first_step, first_row, size = self._stage(step)
+        return first_row + (step - first_step) * size
+
+    def steps(self, amount: float, of_row: float = 1) -> int:
+        """The fewest steps whose rows, worth `of_row` each, come to `amount`."""
+        first_step, first_row, size = next(
+            stage for stage in reversed(self.stages) if stage[1] * of_row < amount or not stage[1]
+        )
+        return first_step + math.ceil((amount - first_row * of_row) / (size * of_row))
+
+    def _stage(self, step: int) -> tuple[int, int, int]:
+        return next(stage for stage in reversed(self.stages) if stage[0] <= step)
+
+
 class Batches:
     """Shuffled training batches over non-overlapping windows of `block_size` tokens.
 
@@ -45,26 +118,28 @@ class Batches:
 
     Attributes:
       windows_per_epoch: (len(tokens) - 1) // block_size, added up over the sources.
-      batch_size: rows of a batch.
+      sizes: how many rows each batch has.
       block_size: tokens in a row.
     """
 
     def __init__(
         self,
         sources: np.ndarray | Sequence[TokenSource],
-        batch_size: int,
+        batch_size: int | BatchSizes,
         block_size: int,
         seed: int,
         end_of_text: int | None = None,
+        left_out: int = 0,
     ):
         """Takes sources, or the tokens [count] of a single one, such as a `Tokens`.
 
+        `left_out` rows of the run's order are passed over before the batch of any step that is asked for.
         Raises InputError where a source does not fill one window, or batch_size or seed is out of range.
         """
         if not isinstance(sources, tuple | list):
             sources = (TokenSource('', sources),)
-        _check_batch_size(batch_size)
-        self.batch_size, self.block_size = batch_size, block_size
+        self.sizes = batch_size if isinstance(batch_size, BatchSizes) else BatchSizes.constant(batch_size)
+        self.block_size, self._left_out = block_size, left_out
         self._end_of_text = end_of_text
         # Each source has a seed of its own: equally long ones would otherwise be read in the same order.
         self._windows = [Windows(source, block_size, seed + number) for number, source in enumerate(sources)]
@@ -81,11 +156,20 @@ class Batches:
         Raises:
           IndexError: step is below zero, or the batch has no such rows.
         """
-        start, stop = _check_rows(step, start, stop, self.batch_size)
-        first = step * self.batch_size
+        start, stop = _check_rows(step, start, stop, self.sizes.at(max(step, 0)))
+        first = self.first_row(step)
         chosen = (self._interleaving[row] for row in range(first + start, first + stop))
         windows = np.stack([self._windows[source][index] for source, index in chosen]).astype(np.int32)
         return _with_documents({'tokens': windows[:, :-1], 'targets': windows[:, 1:]}, self._end_of_text)
+
+    def first_row(self, step: int) -> int:
+        """The number, in the run's order of rows, of the first row of the batch of `step`."""
+        return self.sizes.rows_before(step) + self._left_out
+
+    def origin(self, row: int) -> tuple[str, int]:
+        """The source that a row of the run is from, by name, and the place of its first token there."""
+        source, index = self._interleaving[row]
+        return self._windows[source].source_name, self._windows[source].place(index)
 
 
 class ValidationBatches:
@@ -132,6 +216,7 @@ class Windows:
 
     Attributes:
       per_epoch: (len(tokens) - 1) // block_size.
+      source_name: that of its source.
     """
 
     def __init__(self, source: TokenSource, block_size: int, seed: int):
@@ -148,13 +233,18 @@ class Windows:
             )
         if seed < 0:
             raise InputError(f'seed={seed}: below zero; use 0 or more')
+        self.source_name = source.name
         self._tokens, self._block_size = _plain(source.tokens), block_size
         # repeat reseeds the shuffle each epoch.
         self._order = grain.MapDataset.range(self.per_epoch).seed(seed).shuffle().repeat()
 
     def __getitem__(self, index: int) -> np.ndarray:
-        start = self._order[index] * self._block_size
+        start = self.place(index)
         return self._tokens[start : start + self._block_size + 1]
+
+    def place(self, index: int) -> int:
+        """Where in the source's tokens the window begins."""
+        return self._order[index] * self._block_size
 
 
 class Interleaving:

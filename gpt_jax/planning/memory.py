@@ -1,7 +1,8 @@
 """How much memory a training step takes on each device: what the state holds, exactly, and activations by a formula.
 
-The state is known to the byte: every array of parameters and optimizer, split as the sharding rules say, and float32
-gradients split like the parameters (twice with micro-batches: the sum and the newest).
+The state is known to the byte: every array of parameters and optimizer (the parameters' average is counted with it), in
+the type that it is stored in and split as the sharding rules say; and float32 gradients, split like the parameters
+(twice with micro-batches: the sum and the newest).
 
 Activations follow Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4,
 for the arrays that this model keeps. Of each token and layer, in multiples of d_model numbers of the compute dtype
@@ -168,7 +169,7 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
 
     Args:
       placement: the model and its devices.
-      state: the training state (`params`, `opt_state`) as sharded ShapeDtypeStructs.
+      state: the training state (`params`, `opt_state`, `ema`) as sharded ShapeDtypeStructs.
       cpu: as XLA's CPU backend does it: numbers of 16 bits are held as 32, and where layers are unrolled it merges what
         rematerialisation makes again with what was made before, so that nothing is saved; the loss has small chunks.
     """
@@ -185,7 +186,13 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
     # The token table as each device reads it, and the head's gradient, which is whole until the embedding's is added.
     table = _table_copy(config, mesh, itemsize)
     table += config.padded_vocab_size * config.d_model * F32 / mesh.tensor * (1 - 1 / mesh.fsdp)
-    gradients, of_blocks = sharded_bytes(state.params), sharded_bytes(state.params['blocks'])
+    parameters = sharded_bytes(state.params)
+    gradients, of_blocks = (
+        sharded_bytes(
+            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), tree)
+        )
+        for tree in (state.params, state.params['blocks'])
+    )
     before = gradients if placement.accumulation_steps > 1 else 0  # the sum so far
     # The backward pass begins with the loss. A scan then has the gradients of all layers as one array from the start;
     # unrolled, they come as kept activations go: what counts is the larger of both ends.
@@ -194,7 +201,7 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
     overlap = max(start, gradients) - (gradients + kept + working)
     token_ids = 2 * 4 * placement.batch_size // placement.split * config.block_size // mesh.context
     estimates = map(int, (kept, working, token_ids, overlap))
-    return Memory(gradients, sharded_bytes(state.opt_state), gradients + before, *estimates)
+    return Memory(parameters, sharded_bytes((state.opt_state, state.ema)), gradients + before, *estimates)
 
 
 def sharded_bytes(tree: Any) -> int:
@@ -261,7 +268,7 @@ def _layer_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize:
     # The gradients of GELU's output and input, the output itself, and the up projection.
     mlp = {'none': 2, 'full': 4}.get(config.remat, 3) * f
     # The gradients of attention's output, of q, k and v in float32, and of these joined.
-    blocks = max(_block_bytes(config, tokens, itemsize, config.band(layer)) for layer in (0, 1))
+    blocks = max(_block_bytes(config, mesh.context, tokens, itemsize, config.band(layer)) for layer in (0, 1))
     attention = 4 * d + 3 * config.d_model * F32 + blocks
     weights = _layer_parameters(config) * itemsize  # cut out of the stack, gathered or converted
     if mesh.fsdp > 1:
@@ -269,22 +276,27 @@ def _layer_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize:
     return weights / mesh.tensor + tokens * (d + remade + max(mlp, attention) / mesh.tensor)  # d: that of the output
 
 
-def _block_bytes(config: GPTConfig, tokens: float, itemsize: int, band: int | None) -> float:
+def _block_bytes(config: GPTConfig, context: int, tokens: float, itemsize: int, band: int | None) -> float:
     """Bytes for each token that attention's backward pass holds of the blocks it works on; see models/attention.py.
 
     Float32 scores, probabilities and the gradients of either. In a banded layer also a copy of the window of keys and
-    of values that each block sees, and their gradients.
+    of values that each block sees, and their gradients. Where time is split, the keys and values that visit and
+    those that are sent on, the float32 gradients of either, and in dense layers two pairs of halves at a time.
     """
-    time, copies = config.block_size, 0.0
+    time, copies = config.block_size / context, 0.0
+    if context > 1:
+        copies = 2 * 2 * config.d_model * (itemsize + F32)
     if config.attention_dropout > 0:
-        scores = time  # for each token and head: all of them at once
-    elif band is None or band >= time:
+        scores = config.block_size  # for each token and head: all of them at once
+    elif (band is None or band >= config.block_size) and context > 1:
+        scores = min(time / 2, max(QUERY_BLOCK, time / 2 / MAX_BLOCKS))
+    elif band is None or band >= config.block_size:
         scores = min(time, max(QUERY_BLOCK, time / MAX_BLOCKS))
     else:
         size = min(QUERY_BLOCK, band)
         window = size * (1 + math.ceil((band - 1) / size))
         scores = min(window, max(SCORE_ELEMENTS / (tokens * config.n_head), size * window / time))
-        copies = 2 * config.d_model * (itemsize + F32) * scores / size
+        copies += 2 * config.d_model * (itemsize + F32) * scores / size
     return 3 * config.n_head * scores * F32 + copies
 
 

@@ -198,8 +198,8 @@ def _memory(plan: Plan) -> list[str]:
     mesh = ' x '.join(f'{axis} {count}' for axis, count in found['mesh'].items() if count > 1) or 'alone'
     rows = f'{found["rows_per_device"]:,} sequences at once, {found["accumulation_steps"]:,} times a step'
     parts = (
-        ('parameters', 'parameters_bytes', 'float32'),
-        ('optimizer', 'optimizer_bytes', "float32, Adam's two moments"),
+        ('parameters', 'parameters_bytes', 'as precision.params'),
+        ('optimizer', 'optimizer_bytes', "Adam's two moments, as precision.moments, and the average"),
         ('gradients', 'gradients_bytes', 'float32; with micro-batches the sum and the newest'),
         ('activations kept', 'kept_activations_bytes', f'{found["compute"]}, remat {found["remat"]}; {rows}'),
         ('working memory', 'working_bytes', "one layer's backward pass, or the logits of a chunk"),

@@ -137,7 +137,7 @@ def facts(version: str, preset: str | None = None) -> dict[str, Value]:
     """What is known of the training besides the keys: `context`, `training_tokens`, `band_size`, the batch's ramp.
 
     Counts are in tokens; a value of None is not published. `gpt3` has its batch grow from `ramp_first_tokens` to the
-    full one over `ramp_tokens`: data to read, training does not do it.
+    full one over `ramp_tokens`; a run does so with `schedule.batch_ramp_tokens`.
 
     Raises:
       InputError: as `recipe_values`.
@@ -212,7 +212,7 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'PretrainedWeights |
     """
     given = parse(config)
     if given.train.init_from is not None and weights is None:
-        weights = find_initial_weights(given.train.init_from)
+        weights = find_initial_weights(given.train.init_from, weights=given.train.init_weights)
     settings = as_dict(given)
     model = settings['model']
     if model['preset'] is not None:
@@ -248,13 +248,16 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'PretrainedWeights |
     return given if run == given else run
 
 
-def find_initial_weights(path: str, recorded: Mapping[str, Any] | None = None) -> 'PretrainedWeights':
+def find_initial_weights(
+    path: str, recorded: Mapping[str, Any] | None = None, weights: str = 'raw'
+) -> 'PretrainedWeights':
     """The weights that `train.init_from` names, described by the run's own checkpoint where that began with them.
 
     Args:
       path: a workdir (its best step), a step folder or a Hugging Face directory.
       recorded: the description of the checkpoint that the run goes on from, if any; the weights themselves are then
         needed no more, and `found` is None.
+      weights: 'raw' or 'ema', as `train.init_weights`.
 
     Raises:
       InputError: there is no such checkpoint, or it is damaged, of another architecture or without a tokenizer.
@@ -264,7 +267,7 @@ def find_initial_weights(path: str, recorded: Mapping[str, Any] | None = None) -
     record = (recorded or {}).get('init_from') or {}
     try:
         if record.get('path') != path:
-            return checkpoints.find_weights(path)
+            return checkpoints.find_weights(path, weights)
         model = checkpoints.read_model_config(recorded | record, 'the checkpoint of this run')
         return checkpoints.PretrainedWeights(path, None, model, Tokenizer.from_json(recorded['tokenizer']))
     except InputError as error:
@@ -320,3 +323,14 @@ def model_config(run: RunConfig, vocab_size: int) -> GPTConfig:
             'leave it unset'
         )
     return GPTConfig(**settings, compute_dtype=run.precision.compute)
+
+
+def planned_model(run: RunConfig) -> GPTConfig:
+    """The architecture before the data are known: where these decide on the vocabulary, what the config asks for.
+
+    A run trains a tokenizer of at most `data.vocab_size` tokens, or takes GPT-2's. Only the data tell how many
+    characters there are: 256 stand for them.
+    """
+    sizes = {'bpe': run.data.vocab_size, 'char': 256}
+    gpt2 = PRESETS['gpt2-small'].vocab_size
+    return model_config(run, run.model.vocab_size or sizes.get(run.data.tokenizer, gpt2))

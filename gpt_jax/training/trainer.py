@@ -10,18 +10,20 @@ import functools
 import math
 import pathlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, load, recover
 from gpt_jax.checkpoints.finding import describe_save
+from gpt_jax.checkpoints.loading import check_tree, read_items, stored_shapes
 from gpt_jax.config import RunConfig, as_dict, as_record, parse, read_record
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
-from gpt_jax.models import GPT, attention_kernels
-from gpt_jax.parallel import global_batch, make_mesh, processes, tree_shardings
+from gpt_jax.models import GPT, GPTConfig, attention_kernels
+from gpt_jax.parallel import global_batch, make_mesh, processes, replicated, tree_shardings
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
 from gpt_jax.training.logs import (
@@ -38,22 +40,33 @@ from gpt_jax.training.logs import (
 )
 from gpt_jax.training.optimizer import (
     Lengths,
+    as_f32,
+    batch_sizes,
     check_rates,
+    factors,
     lengths,
     make_optimizer,
     make_schedule,
+    parse_multipliers,
     resumed_lengths,
 )
 from gpt_jax.training.recipe import find_initial_weights, model_config, resolve
 from gpt_jax.training.step import (
+    GRADIENT_SPIKE,
+    LOSS_SPIKE,
+    NOT_FINITE,
+    OVERFLOW,
     Batch,
+    StepSettings,
     TrainState,
     abstract_state,
     check_memory,
     check_mesh,
+    find_not_finite,
     init_state,
     make_eval_step,
     make_train_step,
+    micro_batches,
 )
 from gpt_jax.training.stopping import StopRequest
 
@@ -111,15 +124,17 @@ def train(
       sample: writes the sampled previews, such as `gpt_jax.inference.sample_text`; None leaves these out.
 
     Raises:
-      InputError: the configuration, the data or the folder cannot be used, or the loss became non-finite.
+      InputError: the configuration, the data or the folder cannot be used, or steps were skipped in a row once more
+        after the run went back for it.
     """
     with processes.ended_together():
         processes.check_alike(_own(parse(config), workdir))
     output = Output(jax.process_index() == 0)
     with workdirs.locked(workdir) as workdir, processes.ended_together():
         recorded = recover(workdir / 'checkpoints', output.line)
-        path = parse(config).train.init_from
-        weights = None if path is None else find_initial_weights(path, recorded)
+        train_keys = parse(config).train
+        path = train_keys.init_from
+        weights = None if path is None else find_initial_weights(path, recorded, train_keys.init_weights)
         run = resolve(config, weights)
         workdirs.check(workdir, run, resumed=recorded is not None)
         checkpoints = Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best)
@@ -145,6 +160,14 @@ def train(
                 trainer.data.tokenizer,
                 stop.signal,
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Diverged:
+    """Why a run cannot go on as it does: `reason` is a sentence on what was measured at `step`."""
+
+    step: int
+    reason: str
 
 
 class Trainer:
@@ -192,6 +215,7 @@ class Trainer:
         planned = model_config(run, run.model.vocab_size or 1)
         check_mesh(run, self.mesh.shape, planned)
         check_memory(run, planned, self.mesh)
+        check_multipliers(run, planned)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         alike = {
             'data': self.data.fingerprint,
@@ -209,12 +233,16 @@ class Trainer:
         if self.start < self.lengths.total and (notice := check_rates(run, self.lengths, self.start)):
             self.say(notice)
         self.schedule = make_schedule(run, self.lengths)
-        self.optimizer = make_optimizer(run.optimizer, self.schedule)
+        self.optimizer = make_optimizer(run.optimizer, self.schedule, run.precision.moments, run.train.seed)
         self.model = GPT(model_config(run, self.data.tokenizer.vocab_size))
         self.total = max(self.start, self.lengths.total)  # its length may be changed to less than it has come
         self.loss: float | None = None
         self.val_loss: float | None = None
-        self._tokens_per_step = run.train.batch_size * run.model.block_size
+        self._in_a_row = 0  # steps skipped until now
+        self._put_off = False  # whether a save waits for a step that is not skipped
+        self._settings, self._sizes = StepSettings.of(run), batch_sizes(run)
+        # Where it went back to an earlier checkpoint, and the rows of the data that it has left out since.
+        self._went_back = list((recorded or {}).get('went_back', ()))
         self._separator = self.data.tokenizer.end_of_text if run.data.mask_documents else None
 
     def _go_on_with_lengths(self, recorded: dict[str, Any]) -> None:
@@ -228,7 +256,8 @@ class Trainer:
         self.lengths, is_new = resumed_lengths(self._run, self.lengths, run_before, before, self.start)
         if is_new and self.start < self.lengths.total:
             ended = {'until': self.start, 'warmup': before.warmup, 'decay': before.decay}
-            self._earlier_schedules.append(ended | {'final_fraction': run_before.schedule.final_fraction})
+            shape = ('final_fraction', 'shape', 'cooldown_fraction')
+            self._earlier_schedules.append(ended | {name: getattr(run_before.schedule, name) for name in shape})
             self.say(
                 f'schedule: another one from step {self.start + 1} on, its decay ends at step {self.lengths.decay}; '
                 f'that of the steps before ended at step {before.decay}'
@@ -244,16 +273,41 @@ class Trainer:
     def first_state(self) -> TrainState:
         """The state after step `start`: restored, or before the first one drawn or taken from another's weights."""
         if self.start:
-            abstract = abstract_state(self.model, self.optimizer, self.mesh)
-            params, optimizer, _ = self._checkpoints.restore(
-                self.start,
-                abstract.params,
-                abstract.optimizer,
-                verify=False,  # `recover` did
-            )
-            return TrainState.join(params, optimizer)
+            return self._restore()
         params = None if self._weights is None else self._load_weights(self._weights)
-        return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params)
+        return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params, self._settings)
+
+    def _restore(self) -> TrainState:
+        """The state of the checkpoint of step `start`, which `recover` has verified.
+
+        What it does not hold, since it is older or a key was unset then, begins here.
+        """
+        abstract = abstract_state(self.model, self.optimizer, self.mesh, self._settings)
+        folder, wanted = self._checkpoints.folder / str(self.start), abstract.optimizer
+        stored, fresh = stored_shapes(folder, 'optimizer') or {}, {}
+        for name in ('skipped_in_a_row', 'spikes'):
+            if name not in stored:
+                fresh[name] = wanted.pop(name)
+            elif _layout(stored[name]) != _layout(wanted[name]):
+                # What has another size now is read, since a checkpoint is read whole, and left.
+                fresh[name] = wanted[name]
+                wanted[name] = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(self.mesh)),
+                    stored[name],
+                )
+        params, optimizer, _ = self._checkpoints.restore(self.start, abstract.params, wanted, verify=False)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)
+        optimizer |= jax.jit(
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh), out_shardings=shardings
+        )()
+        ema = None
+        if abstract.ema is not None and stored_shapes(folder, 'ema') is not None:
+            check_tree(folder, 'ema', abstract.ema)
+            ema = read_items(folder, ema=abstract.ema)['ema']
+        elif abstract.ema is not None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.ema)
+            ema = jax.jit(lambda params: jax.tree.map(jnp.copy, as_f32(params)), out_shardings=shardings)(params)
+        return TrainState.join(params, optimizer, ema)
 
     def _load_weights(self, weights: PretrainedWeights) -> Any:
         """The parameters that a new run starts from, each on its devices; says and remembers what they are.
@@ -300,69 +354,131 @@ class Trainer:
             documents=self._separator is not None,
             time_is_split=self.mesh.shape['context'] > 1,
         )
+        sizes = sorted({size * self._run.model.block_size for _, _, size in self._sizes.stages})
+        tokens = f'{sizes[0]:,}' if len(sizes) == 1 else f'{sizes[0]:,} to {sizes[-1]:,}'
         self.say(
             f'model: {self.model.config.num_parameters:,} parameters; {self.total:,} steps of '
-            f'{self._tokens_per_step:,} tokens on {devices}; attention: {" and ".join(kernels)}'
+            f'{tokens} tokens on {devices}; attention: {" and ".join(kernels)}'
         )
         if self.start:
             self.say(f'resuming from step {self.start}')
-        last_step = self.start or NOTHING
+        self._open_logs(self.start or NOTHING)
+        try:
+            yield
+        finally:
+            self._close_logs()
+            if self._is_first_process:
+                with surviving('loss.png'):
+                    plot_loss(self._workdir)
+
+    def _open_logs(self, last_step: int) -> None:
         self._metrics = MetricsLog(self._workdir, last_step) if self._is_first_process else None
         self._samples = SampleLog(self._workdir, last_step) if self._is_first_process else None
         self._progress = Progress(self.start, self.total, self._is_first_process, self._output)
         self._throughput = Throughput()
-        try:
-            yield
-        finally:
-            self._progress.close()
-            if self._metrics is not None:
-                self._metrics.close()
-                with surviving('loss.png'):
-                    plot_loss(self._workdir)
+        self._rows_read = self._sizes.rows_before(self.start)  # until the last row of metrics.jsonl
+
+    def _close_logs(self) -> None:
+        self._progress.close()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def take_steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
-        """All steps that are left, and what is due before, between and after them; the last step and its state."""
-        train, step = self._run.train, self.start
-        train_step = make_train_step(
-            self.model, self.optimizer, self.schedule, self.mesh, train.accumulation_steps, train.seed
-        )
+        """All steps that are left, and what is due before, between and after them; the last step and its state.
+
+        Raises:
+          InputError: too many steps in a row were skipped, or an evaluation was not finite, after the run had gone back
+            for it once.
+        """
+        train = self._run.train
+        # The batch of a ramp grows in micro-batches of about the same size.
+        counts = {size: micro_batches(self._run, size, self._row_devices) for _, _, size in self._sizes.stages}
+        steps = {
+            count: make_train_step(
+                self.model, self.optimizer, self.schedule, self.mesh, count, train.seed, self._settings
+            )
+            for count in set(counts.values())
+        }
+        self._train_steps = {size: steps[count] for size, count in counts.items()}
         self._eval_step = make_eval_step(self.model, self.mesh)
         self._teacher_forced = make_teacher_forced_preview(self.model, self.data, self.mesh, self._separator)
         self._best_loss = self._checkpoints.best_loss()
         if self._stops_before_the_first_step(state, stop):
-            return step, state
+            return self.start, state
+        while True:
+            step, state, diverged = self._take_steps_from(state, stop)
+            if diverged is None:
+                return step, state
+            if self._went_back:
+                raise self._not_finite(diverged, state)
+            del state  # before the other takes its place
+            state = self._go_back(diverged)
 
-        unread = None
+    @property
+    def _row_devices(self) -> int:
+        """Devices that split the rows of a batch."""
+        return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+
+    def _take_steps_from(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState, Diverged | None]:
+        """Steps from `start` on: to the end, to a signal, or to where the run has diverged."""
+        unread, step = None, self.start
+        self._in_a_row = int(state.skipped_in_a_row)
+        self._put_off = False
         self._throughput.start(step)
-        with contextlib.closing(self._batches()) as batches:
-            for batch in batches:
-                state, metrics = train_step(state, batch)
+        batches = self._batches()
+        with contextlib.closing(batches.ahead(self.start, self.total, self._throughput.waited)) as ahead:
+            for batch in ahead:
+                state, metrics = self._train_steps[self._sizes.at(step)](state, batch)
                 step += 1
                 # The device works on this step while the host reads the one before; reading every step also bounds
-                # how many are in flight.
+                # how many are in flight. Where one more skipped step is the last, it is read before another is taken.
                 if unread is not None:
                     self._read(*unread)
                 unread = (step, metrics)
                 stopped = self._must_stop(step, stop)
-                if stopped or self._due(step):
-                    self._read(*unread)
+                is_last_chance = self._in_a_row + 1 >= self._run.train.max_skipped_in_a_row
+                if stopped or is_last_chance or self._put_off or self._due(step):
+                    diverged = self._read(*unread)
                     unread = None
-                    with self._throughput.left_out():
-                        stopped = self._follow_up(step, state, stop, stopped)
+                    if diverged is None and (stopped or self._put_off or self._due(step)):
+                        with self._throughput.left_out():
+                            stopped, diverged = self._follow_up(step, state, stop, stopped)
+                    if diverged is not None:
+                        return step, state, diverged
                 if stopped:
                     break
-        return step, state
+        return step, state, None
 
-    def _batches(self):
-        """Those of the steps that are left, on their devices, made ahead by a thread."""
+    def _batches(self) -> '_DeviceBatches':
         run = self._run
-        shape = (run.train.batch_size, run.model.block_size)
-        batches = Batches(self.data.train, *shape, run.train.seed, self._separator)
+        left_out = self._went_back[-1]['rows_left_out'] if self._went_back else 0
+        return _DeviceBatches(
+            Batches(
+                self.data.train, self._sizes, run.model.block_size, run.train.seed, self._separator, left_out=left_out
+            ),
+            self.mesh,
+        )
 
-        def make(step: int) -> Batch:
-            return global_batch(functools.partial(batches.rows, step), shape, self.mesh)
+    def _go_back(self, diverged: Diverged) -> TrainState:
+        """The state of the last checkpoint, or the first one, from where the run goes on with data that lie ahead.
 
-        return prefetch(make, self.start, self.total, on_wait=self._throughput.waited)
+        Where it is killed before it has saved again it does all of this once more: no record of it is needed.
+        """
+        self._checkpoints.wait()
+        to = (recover(self._checkpoints.folder, self._progress.line) or {'step': 0})['step']
+        left_out = self._sizes.rows_before(diverged.step) - self._sizes.rows_before(to)
+        self._went_back.append({'from': diverged.step, 'to': to, 'rows_left_out': left_out})
+        where = f'step {to}, the last good checkpoint' if to else 'the start, as there is no checkpoint yet'
+        self._progress.line(
+            f'{diverged.reason}: going back to {where}, and on with the data after those of step {diverged.step}; '
+            'the next time the run ends'
+        )
+        self.start = to
+        self._close_logs()
+        state = self.first_state()
+        self._best_loss = self._checkpoints.best_loss()
+        self._open_logs(to or 0)
+        return state
 
     def _must_stop(self, step: int, stop: StopRequest) -> bool:
         """Whether to stop after this step; several processes have to ask each other, so they do it now and then."""
@@ -370,30 +486,61 @@ class Trainer:
             return False
         return stop.agreed() is not None
 
-    def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Waits for a step, and logs it where its turn is.
+    def _read(self, step: int, metrics: dict[str, jax.Array]) -> Diverged | None:
+        """Waits for a step, says where it was skipped, and logs it where its turn is.
 
-        Raises:
-          InputError: its loss or gradient is not finite.
+        Returns:
+          What to make of it where it was skipped and is one too many in a row.
         """
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        # Under fp16 an infinite gradient is part of the search for the loss scale: that step changed nothing.
-        skipped = 'loss_scale' in values and not math.isfinite(values['grad_norm'])
-        if not math.isfinite(values['loss']) or not (skipped or math.isfinite(values['grad_norm'])):
-            raise self._not_finite(f'loss {values["loss"]} or gradient norm {values["grad_norm"]}', step)
-        self.loss = values['loss']
+        reason, self._in_a_row = values.pop('skip_reason'), values.pop('skipped_in_a_row')
+        if reason in (NOT_FINITE, LOSS_SPIKE, GRADIENT_SPIKE):
+            self._say_skipped(step, reason, values)
+        if math.isfinite(values['loss']):
+            self.loss = values['loss']
         self._progress.step(step, values['loss'], values['learning_rate'])
-        if step not in (1, self.total) and step % self._run.train.log_every_steps:
-            return
-        rate, waited_ms = self._throughput.lap(step, self._tokens_per_step)
-        row = {'step': step, 'tokens': step * self._tokens_per_step, **values}
-        row |= {'tokens_per_second': rate, 'mfu': model_flops_utilisation(self.model.config, rate)}
-        row['data_wait_ms'] = waited_ms
-        if skipped:
-            row['grad_norm'] = None  # JSON has no infinity
-        if self._metrics is not None:
-            self._metrics.write(row)
-        self._progress.row(row)
+        if step in (1, self.total) or step % self._run.train.log_every_steps == 0:
+            rows = self._sizes.rows_before(step)
+            # Batches of a ramp differ: the mean since the last row.
+            steps = max(1, self._throughput.steps_since(step))
+            rate, waited_ms = self._throughput.lap(step, (rows - self._rows_read) * self._run.model.block_size / steps)
+            self._rows_read = rows
+            row = {'step': step, 'tokens': rows * self._run.model.block_size, **values}
+            row |= {'tokens_per_second': rate, 'mfu': model_flops_utilisation(self.model.config, rate)}
+            row['data_wait_ms'] = waited_ms
+            self._progress.row(row)
+            for name in ('loss', 'grad_norm'):
+                if not math.isfinite(row[name]):
+                    row[name] = None  # JSON has neither infinity nor NaN
+            if self._metrics is not None:
+                self._metrics.write(row)
+        if self._in_a_row < self._run.train.max_skipped_in_a_row:
+            return None
+        what = 'not finite' if reason in (NOT_FINITE, OVERFLOW) else 'a spike'
+        return Diverged(
+            step,
+            f'loss {values["loss"]} or gradient norm {values["grad_norm"]} at step {step} is {what}, and '
+            f'{self._in_a_row} step(s) in a row were skipped',
+        )
+
+    def _say_skipped(self, step: int, reason: int, values: dict[str, float]) -> None:
+        """In one line: why a step changed nothing, and which rows of the data it had."""
+        numbers = f'loss {values["loss"]:.4f}, gradient norm {values["grad_norm"]:.4f}'
+        why = {
+            NOT_FINITE: 'not finite',
+            LOSS_SPIKE: f'the loss is more than {self._run.train.spike_loss_deviations} deviations above its mean',
+            GRADIENT_SPIKE: (
+                f'the gradient norm is more than {self._run.train.spike_grad_norm_deviations} deviations above its mean'
+            ),
+        }[reason]
+        batches = self._batches().batches
+        first, count = batches.first_row(step - 1), self._sizes.at(step - 1)
+        source, place = batches.origin(first)
+        source = f' of {source}' if source else ''
+        self._progress.line(
+            f'step {step} skipped: {numbers}: {why}; {self._in_a_row} in a row, {values["skipped_steps"]} in all; rows '
+            f'{first} to {first + count - 1} of the data, the first at token {place}{source}'
+        )
 
     def _due(self, step: int, *kinds: str) -> bool:
         """Whether any of `kinds` ('eval', 'preview', 'checkpoint'; none given: all) follows `step`."""
@@ -412,7 +559,10 @@ class Trainer:
             if jax.process_count() > 1:
                 return False
             if self._due(self.start, 'eval') and self.start not in self._metrics.evaluated:
-                return self._follow_up(self.start, state, stop, stopped=False)
+                stopped, diverged = self._follow_up(self.start, state, stop, stopped=False)
+                if diverged is not None:
+                    raise InputError(f'{diverged.reason}, that of the checkpoint: remove it, and an older one is used')
+                return stopped
             if self._due(self.start, 'preview') and self.start not in self._samples.steps:
                 self._preview(self.start, state)
             return False
@@ -424,50 +574,61 @@ class Trainer:
             self._preview(0, state)
         return False
 
-    def _follow_up(self, step: int, state: TrainState, stop: StopRequest, stopped: bool) -> bool:
+    def _follow_up(
+        self, step: int, state: TrainState, stop: StopRequest, stopped: bool
+    ) -> tuple[bool, Diverged | None]:
         """Does what is due after `step`, and saves where the run is to stop; returns whether it is.
 
-        It is saved as soon as it is known whether it is the best, and before anything that only shows it.
+        It is saved as soon as it is known whether it is the best, and before anything that only shows it. Where the
+        latest steps were skipped nothing is saved before there is one that was not, or the run is at its end: the
+        last checkpoint stays the one from before, to which the run may have to go back.
         """
         val_loss, is_best = None, False
         if self._due(step, 'eval'):
             try:
                 val_loss = self._evaluate(step, state, stop)
-            except InputError:
-                raise  # it is not finite: nothing of this step is to be kept
             except Exception:
                 # Most often for want of memory, in a batch larger than training's: not the steps' fault.
                 self._save(step, state, None)
                 raise
+            if val_loss is not None and not math.isfinite(val_loss):
+                # Nothing of this step is to be kept.
+                return stopped, Diverged(step, f'validation loss {val_loss} at step {step} is not finite')
             # An evaluation that was broken off is made up for on resume, so nothing may come after this step.
             stopped = stopped or val_loss is None
             if val_loss is not None and (self._best_loss is None or val_loss < self._best_loss):
                 self._best_loss = val_loss
                 is_best = self._run.checkpoint.keep_best > 0
-        if stopped or is_best or self._due(step, 'checkpoint'):
-            self._save(step, state, val_loss)
+        if stopped or is_best or self._put_off or self._due(step, 'checkpoint'):
+            self._put_off = self._in_a_row > 0 and step < self.total
+            if not self._put_off:
+                self._save(step, state, val_loss)
         if self._due(step, 'preview') and not (self._due(step, 'eval') and val_loss is None):
             self._preview(step, state)
-        return stopped
+        return stopped, None
 
     def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
         if self._metrics is not None:
             self._metrics.sync()
-        self._checkpoints.save(step, state.params, state.optimizer, self.describe(), val_loss)
+        self._checkpoints.save(step, state.params, state.optimizer, self.describe(), val_loss, ema=state.ema)
 
     def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> float | None:
         """The validation loss, logged; None where a signal broke the evaluation off."""
         run, alone = self._run, jax.process_count() == 1
-        values = evaluate(
-            self._eval_step,
-            self.mesh,
-            state.params,
-            self.data,
-            run.eval.batch_size or run.train.batch_size // run.train.accumulation_steps,
-            run.model.block_size,
-            self._separator,
-            should_stop=lambda: alone and stop.signal is not None,
-        )
+
+        def measure(params: Any) -> dict[str, float] | None:
+            return evaluate(
+                self._eval_step,
+                self.mesh,
+                params,
+                self.data,
+                run.eval.batch_size or run.train.batch_size // run.train.accumulation_steps,
+                run.model.block_size,
+                self._separator,
+                should_stop=lambda: alone and stop.signal is not None,
+            )
+
+        values = measure(state.params)
         if values is None:
             return None
         if not math.isfinite(values['val_loss']):
@@ -476,27 +637,35 @@ class Trainer:
                     f'train.init_from={run.train.init_from}: its validation loss is not finite; '
                     'start from another checkpoint'
                 )
-            raise self._not_finite(f'validation loss {values["val_loss"]}', step)
+            return values['val_loss']
+        of_average = ''
+        if state.ema is not None:
+            averaged = measure(state.ema)
+            if averaged is None:
+                return None
+            of_average = f'  of the average {averaged["val_loss"]:.4f}'
+            if math.isfinite(averaged['val_loss']):
+                values['val_loss_ema'] = averaged['val_loss']
         self.val_loss = values['val_loss']
         if self._metrics is not None:
             self._metrics.write({'step': step, **values})
         self._progress.line(
             f'step {step}/{self.total}  validation loss {values["val_loss"]:.4f}  '
-            f'perplexity {values["val_perplexity"]:.2f}  {values["val_bits_per_byte"]:.4f} bits per byte'
+            f'perplexity {values["val_perplexity"]:.2f}  {values["val_bits_per_byte"]:.4f} bits per byte{of_average}'
         )
         return self.val_loss
 
     def _preview(self, step: int, state: TrainState) -> None:
-        previews = {}
+        previews, params = {}, state.params
+        if self._settings.params != 'f32':
+            params = jax.jit(as_f32)(params)
         with surviving(f'preview of step {step}'):
-            previews |= self._teacher_forced(state.params)
+            previews |= self._teacher_forced(params)
         if self._sample is not None:
             asked = dataclasses.asdict(self._run.preview)
             del asked['every_steps']
             with surviving(f'sampled preview of step {step}'):
-                sampled = self._sample(
-                    self.model, state.params, self.data.tokenizer, seed=self._run.train.seed, **asked
-                )
+                sampled = self._sample(self.model, params, self.data.tokenizer, seed=self._run.train.seed, **asked)
                 previews['sampled'] = sampled
                 if step == self.total:
                     self._progress.line(f'sample:\n{sampled}')
@@ -514,6 +683,7 @@ class Trainer:
             'data_fingerprint': self.data.fingerprint,
             'lengths': dataclasses.asdict(self.lengths),
             'earlier_schedules': self._earlier_schedules,
+            'went_back': self._went_back,
             'init_from': self._init_from,
         }
 
@@ -535,18 +705,57 @@ class Trainer:
             )
         if not step:
             return 'stopped before the first step, so nothing is saved; the same command starts anew'
+        if self._put_off:
+            last = self._checkpoints.latest_step()
+            return (
+                f'stopped at step {step}, where steps were being skipped: it is not saved; the same command goes on '
+                f'from {f"step {last}" if last else "the start"}'
+            )
         return f'stopped and saved at step {step} in {self._workdir}; the same command goes on from there'
 
-    def _not_finite(self, numbers: str, step: int) -> InputError:
-        """What to raise where `numbers` of `step` are not finite, before anything is saved of it."""
+    def _not_finite(self, diverged: Diverged, state: TrainState) -> InputError:
+        """What to raise where the run has diverged once more, before anything is saved of it."""
         self._checkpoints.wait()
-        last = self._checkpoints.latest_step()
+        last, before = self._checkpoints.latest_step(), self._went_back[-1]
         kept = f'the last good checkpoint, step {last}, is kept' if last else 'no checkpoint had been saved yet'
         precise = '' if self._run.precision.compute == 'f32' else ', or use precision.compute=f32'
+        size = self._sizes.at(diverged.step - 1)
+        batch = self._batches().make(diverged.step - 1)
+        count = micro_batches(self._run, size, self._row_devices)
+        first = find_not_finite(self.model, self.mesh, state, batch, count, self._run.train.seed, self._settings)
+        first = f'; the first to be not finite: {first}' if first else ''
         return InputError(
-            f'{numbers} at step {step} is not finite; {kept}; '
-            f'lower optimizer.learning_rate or lengthen schedule.warmup_steps{precise}'
+            f'{diverged.reason}{first}; the run had gone back already, from step {before["from"]} to step '
+            f'{before["to"]}; {kept}; lower optimizer.learning_rate or lengthen schedule.warmup_steps{precise}'
         )
+
+
+class _DeviceBatches:
+    """Training batches as arrays over all devices of a mesh."""
+
+    def __init__(self, batches: Batches, mesh: Any):
+        self.batches, self._mesh = batches, mesh
+
+    def make(self, step: int) -> Batch:
+        """That of `step`, counted from 0."""
+        shape = (self.batches.sizes.at(step), self.batches.block_size)
+        return global_batch(functools.partial(self.batches.rows, step), shape, self._mesh)
+
+    def ahead(self, start: int, stop: int, on_wait: Callable[[float], None]) -> Iterator[Batch]:
+        """Those of steps [start, stop), made ahead by a thread."""
+        return prefetch(self.make, start, stop, on_wait=on_wait)
+
+
+def check_multipliers(run: RunConfig, config: GPTConfig) -> None:
+    """Raises InputError where a rule of `optimizer.multipliers` cannot be read, or matches no parameter."""
+    if rules := parse_multipliers(run.optimizer.multipliers):
+        params = jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+        factors(rules, params, 'lr')
+
+
+def _layout(tree: Any) -> list[tuple]:
+    """Shapes and types of a tree's arrays, whatever classes hold them."""
+    return sorted((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
 
 
 # Where a process finds its data: hosts may have them in different places.

@@ -64,7 +64,7 @@ def train_ours(config, params, batches, experiment):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
     zero = np.zeros((), np.int32)
     # By way of the host: the step gives its state away, and the same buffer must not be given twice.
-    state = jax.device_get(TrainState(zero, zero, params, optimizer.init(params), None))
+    state = jax.device_get(TrainState(zero, zero, params, optimizer.init(params), None, zero))
     state = jax.device_put(state, shardings)
     rows = []
     for tokens_BT, targets_BT in batches:

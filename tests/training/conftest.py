@@ -1,5 +1,6 @@
 """Tiny models, states and compiled steps, made once for the whole folder."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from gpt_jax.config import OptimizerConfig
 from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.step import abstract_state, init_state, make_train_step
+from gpt_jax.training.step import StepSettings, abstract_state, init_state, make_train_step
 
 VOCAB, BLOCK = 50, 16
 LEARNING_RATE = 1e-2
@@ -23,22 +24,34 @@ RATES = ('embedding_dropout', 'attention_dropout', 'mlp_dropout', 'resid_dropout
 class Lab:
     """A compiled training step on one mesh, with states and batches for it."""
 
-    def __init__(self, mesh, accumulation_steps, dropout, seed, precision):
+    def __init__(self, mesh, accumulation_steps, dropout, seed, precision, settings, moments, multipliers):
         rates = dict.fromkeys(RATES, dropout)
         self.model = GPT(GPTConfig(VOCAB, BLOCK, n_layer=2, n_head=2, d_model=32, compute_dtype=precision, **rates))
         devices = jax.devices()[: int(np.prod(mesh))]
         self.mesh = make_mesh(MeshConfig(*mesh), devices=devices)
         schedule = optax.constant_schedule(LEARNING_RATE)
-        self.optimizer = make_optimizer(OPTIMIZER, schedule)
-        self.step = make_train_step(self.model, self.optimizer, schedule, self.mesh, accumulation_steps, seed)
-        self._shardings = jax.tree.map(
-            lambda leaf: leaf.sharding, abstract_state(self.model, self.optimizer, self.mesh)
+        self.settings = StepSettings(**dict(settings), multipliers=multipliers)
+        self.optimizer = make_optimizer(
+            dataclasses.replace(OPTIMIZER, multipliers=multipliers), schedule, moments, seed
         )
+        self.step = make_train_step(
+            self.model, self.optimizer, schedule, self.mesh, accumulation_steps, seed, self.settings
+        )
+        self._abstract = abstract_state(self.model, self.optimizer, self.mesh, self.settings)
 
     def state(self):
         """Before step 0; the same on every mesh."""
-        loss_scale = DynamicScale() if self.model.config.compute_dtype == 'fp16' else None
-        return jax.device_put(first_state().replace(loss_scale=loss_scale), self._shardings)
+        state, (spikes, ema) = first_state(), (self._abstract.spikes, self._abstract.ema)
+        state = state.replace(
+            loss_scale=DynamicScale() if self.model.config.compute_dtype == 'fp16' else None,
+            spikes=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spikes),
+            ema=None if ema is None else state.params,
+        )
+        described, structure = jax.tree.flatten(self._abstract)
+        leaves = zip(jax.tree.leaves(state), described, strict=True)
+        return structure.unflatten(
+            [jax.device_put(np.asarray(leaf, wanted.dtype), wanted.sharding) for leaf, wanted in leaves]
+        )
 
     def put(self, batch):
         """Arrays [batch, time] on the devices of the mesh, as a step takes them."""
@@ -72,8 +85,18 @@ def lab():
     """A function that gives the Lab for a mesh (data, fsdp, tensor, context), compiled once."""
 
     @functools.cache
-    def make(mesh=(1, 1, 1, 1), accumulation_steps=1, dropout=0.0, seed=0, precision='f32'):
-        return Lab(mesh, accumulation_steps, dropout, seed, precision)
+    def make(
+        mesh=(1, 1, 1, 1),
+        accumulation_steps=1,
+        dropout=0.0,
+        seed=0,
+        precision='f32',
+        settings=(),
+        moments='f32',
+        multipliers=None,
+    ):
+        """`settings` are pairs of what StepSettings takes."""
+        return Lab(mesh, accumulation_steps, dropout, seed, precision, settings, moments, multipliers)
 
     return make
 

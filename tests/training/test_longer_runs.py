@@ -116,5 +116,6 @@ def test_a_finished_run_is_not_made_longer_for_nothing_and_goes_on_with_a_longer
     assert rates == pytest.approx(expected, rel=1e-5)
     meta = load(tmp_path, step=result.step).meta
     assert meta['config']['schedule']['decay_steps'] == 6
-    assert meta['earlier_schedules'] == [{'until': 3, 'warmup': 1, 'decay': 3, 'final_fraction': 0.0}]
+    shape = {'final_fraction': 0.0, 'shape': 'cosine', 'cooldown_fraction': 0.2}
+    assert meta['earlier_schedules'] == [{'until': 3, 'warmup': 1, 'decay': 3} | shape]
     assert go(train__steps=6, schedule__decay_steps=6).params is None  # finished, by what the checkpoint records

@@ -93,7 +93,7 @@ def test_tensorboard_holds_every_step_once_also_after_a_resume(tmp_path):
 
 def test_a_run_writes_to_tensorboard_what_it_writes_to_its_rows(finished_run):
     tags = {tag for tag, _, _ in read_tensorboard(finished_run.workdir)}
-    training = {'loss', 'grad_norm', 'learning_rate', 'tokens', 'tokens_per_second', 'data_wait_ms'}
+    training = {'loss', 'grad_norm', 'learning_rate', 'tokens', 'tokens_per_second', 'data_wait_ms', 'skipped_steps'}
     validation = {'val_loss', 'val_perplexity', 'val_bits_per_byte'}
     assert tags == {f'train/{name}' for name in training} | {f'validation/{name}' for name in validation}
 

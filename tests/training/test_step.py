@@ -12,7 +12,7 @@ from gpt_jax.parallel import MeshConfig, devices, make_mesh
 from gpt_jax.parallel.devices import memory_of
 from gpt_jax.training import resolve
 from gpt_jax.training.recipe import model_config
-from gpt_jax.training.step import CPU_OPTIONS, check_memory, compiler_options, make_eval_step
+from gpt_jax.training.step import CPU_OPTIONS, OVERFLOW, check_memory, compiler_options, make_eval_step
 
 
 def numpy_losses(model, params, batch):
@@ -163,11 +163,12 @@ def test_half_precision_is_close_to_f32(lab, precision, accumulation_steps):
 
 def test_only_fp16_has_a_loss_scale(lab):
     _, rows = lab(precision='fp16', accumulation_steps=2).run(1)
-    assert set(rows[0]) == {'loss', 'grad_norm', 'learning_rate', 'loss_scale', 'skipped_steps'}
+    plain = {'loss', 'grad_norm', 'learning_rate', 'skipped_steps', 'skipped_in_a_row', 'skip_reason'}
+    assert set(rows[0]) == plain | {'loss_scale'}
     assert rows[0]['loss_scale'] > 1
     assert rows[0]['skipped_steps'] == 0
     _, rows = lab().run(1)
-    assert set(rows[0]) == {'loss', 'grad_norm', 'learning_rate'}
+    assert set(rows[0]) == plain
 
 
 def test_an_overflow_under_fp16_changes_nothing_but_the_scale(lab, assert_same_bits):
@@ -180,6 +181,7 @@ def test_an_overflow_under_fp16_changes_nothing_but_the_scale(lab, assert_same_b
     assert_same_bits(after.opt_state, untouched.opt_state)
     assert metrics['loss_scale'].item() == after.loss_scale.scale.item() == scale / 4  # halved in each micro-batch
     assert metrics['skipped_steps'].item() == after.skipped.item() == 1
+    assert (metrics['skip_reason'].item(), metrics['skipped_in_a_row'].item()) == (OVERFLOW, 0)  # no fault
     assert after.step.item() == 1
     # The search goes on until the gradients fit, and then it learns.
     for _ in range(100):
