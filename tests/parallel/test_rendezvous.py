@@ -213,19 +213,28 @@ def test_one_that_died_meanwhile_may_come_again(coordinator):
         b'[' * 60_000 + b'\n',
         b'x' * 200_000,
         b'\xff\xfe\n',
-        b'',
     ],
 )
-def test_whoever_else_comes_to_the_port_is_of_no_account(coordinator, said):
+def test_whoever_else_comes_to_the_port_is_shown_out(coordinator, said):
     place = Place(coordinator, 2, 0)
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         first = executor.submit(meet, place, 30)
-        try:
-            with connection_to(place) as connection:
+        with connection_to(place) as connection:
+            try:
                 connection.sendall(said)
-        except ConnectionError:
-            pass  # it was shown out while it spoke
+                left = connection.recv(1)
+            except ConnectionError:  # while it spoke
+                left = b''
+            assert left == b''
         meet(Place(coordinator, 2, 1), 30)
+        first.result(30)
+
+
+def test_whoever_says_nothing_is_of_no_account(coordinator):
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        first = executor.submit(meet, Place(coordinator, 2, 0), 30)
+        with connection_to(Place(coordinator, 2, 0)):
+            meet(Place(coordinator, 2, 1), 30)
         first.result(30)
 
 
