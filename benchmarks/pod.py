@@ -3,47 +3,53 @@
     python benchmarks/pod.py --rows=13b@v5p:4x8x8                    one row: size @ topology
     python benchmarks/pod.py --rows=shipped                          13b and 175b as configs/gpt3.py ships them
     python benchmarks/pod.py --rows=v5e,v5p,v6e,h100                 all sizes on these (hours)
+    python benchmarks/pod.py --suite                                 all of it
     python benchmarks/pod.py --show                                  the tables of what has been made so far
 
 Each row is a `python -m gpt_jax.plan --search --topology=...` (of those that are shipped without --search), one at a
 time. It needs libtpu for TPUs (pip install -e '.[tpu-aot]') and the GPU compiler for GPUs ('.[gpu-aot]'), and neither a
-TPU nor a GPU. A row that is there is not made again, so that this can be stopped and go on.
+TPU nor a GPU. A row that is there is not made again, so that this can be stopped and go on. Level: every row fits.
 """
 
+import argparse
 import json
 import pathlib
 import subprocess
 import sys
 import time
 
-from absl import app, flags
-
-ROWS = flags.DEFINE_list('rows', ['shipped'], "rows to make: 'shipped', a kind of device, or SIZE@TOPOLOGY")
-SHOW = flags.DEFINE_bool('show', False, 'make nothing, print the tables')
-OUTPUT = flags.DEFINE_string('output', 'pod.jsonl', 'where rows are kept, one JSON object a line')
-
 SIZES = ('125m', '350m', '760m', '1.3b', '2.7b', '6.7b', '13b', '175b')
 # Of each kind a slice for each size that has room for it and divides its batch: 256 to 1,600 sequences.
 SLICES = {
     'v5e': ('2x4', '4x4', '4x4', '4x8', '8x8', '8x16', '16x16', '16x16'),
-    'v5p': ('2x2x1', '2x2x2', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x8x8', '8x8x16'),
+    'v5p': ('2x2x1', '2x2x2', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x8x8', '8x8x20'),
     'v6e': ('2x4', '2x4', '4x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
     'h100': ('8', '8', '8', '2x8', '4x8', '8x8', '16x8', '128x8'),
 }
-SHIPPED = ('13b@v5p:4x8x8 as shipped', '175b@v5p:8x8x16 as shipped')
+SHIPPED = ('13b@v5p:4x8x8 as shipped', '175b@v5p:8x8x20 as shipped')
 
 
-def main(_) -> None:
-    """Makes what is asked for, and prints the tables."""
-    path = pathlib.Path(OUTPUT.value)
+def main() -> None:
+    """Makes what is asked for, prints the tables, and exits with 1 where a row does not fit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rows', default='shipped', help="to make: 'shipped', kinds of devices, or SIZE@TOPOLOGY")
+    parser.add_argument('--suite', action='store_true', help='make all rows')
+    parser.add_argument('--show', action='store_true', help='make nothing')
+    parser.add_argument('--output', default='pod.jsonl', help='where rows are kept, one JSON object a line')
+    arguments = parser.parse_args()
+    path = pathlib.Path(arguments.output)
     done = {row['row']: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
-    for row in () if SHOW.value else named(ROWS.value):
+    wanted = ['shipped', *SLICES] if arguments.suite else arguments.rows.split(',')
+    for row in () if arguments.show else named(wanted):
         if row not in done:
             done[row] = make(row)
             with path.open('a', encoding='utf-8') as file:
                 file.write(json.dumps(done[row]) + '\n')
             print(line(done[row]), flush=True)
     show(done)
+    missing = [name for name, row in done.items() if 'error' in row or not row['plan']['compiled']['fits']]
+    print(f'\nmissed: {", ".join(missing)}' if missing else f'\nmet: all of {len(done)} rows fit')
+    sys.exit(1 if missing else 0)
 
 
 def named(names: list[str]) -> list[str]:
@@ -114,4 +120,4 @@ def show(done: dict[str, dict]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    main()

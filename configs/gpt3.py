@@ -3,7 +3,9 @@
     python -m gpt_jax.main --config=configs/gpt3.py:1.3b --config.mesh.fsdp=8
 
 SIZE is one of the paper's 125m 350m 760m 1.3b 2.7b 6.7b 13b 175b, or of the PyTorch suite's ada babbage curie davinci.
-300 billion tokens; the paper's corpus is not public, OpenWebText stands in for it.
+300 billion tokens; the paper's corpus is not public, OpenWebText stands in for it. What no single device holds comes
+with a mesh and rematerialisation that the TPU compiler certified for slices of v5p (docs/SCALING.md): 13b for 4x8x8,
+175b for 8x8x20. `python -m gpt_jax.plan --search` finds them for other devices.
 """
 
 import ml_collections
@@ -22,6 +24,14 @@ def get_config(size: str = '125m') -> ml_collections.ConfigDict:
     config.data.update(corpus='openwebtext', tokenizer='gpt2')
     config.train.tokens = 300_000_000_000  # paper: GPT-3, table 2.1
     config.precision.compute = 'bf16'
+    if size in ('6.7b', '13b'):
+        config.mesh.update(data=1, fsdp=-1)
+        config.model.remat = 'names'
+    if size in ('175b', 'davinci'):
+        # 1,600 sequences are 5 at once for each 64 x 5 devices; 256 chips of 95 GiB do as well, with data=1.
+        config.mesh.update(data=-1, fsdp=64, tensor=4)
+        config.model.remat = 'names'
+        config.train.accumulation_steps = 5
     config.eval.every_steps = 5000
     config.checkpoint.every_steps = 5000
     config.preview.every_steps = 5000

@@ -18,6 +18,7 @@ line wins over the experiment file, and the file over the recipe.
 """
 
 import dataclasses
+import hashlib
 import math
 import numbers
 import operator
@@ -26,13 +27,16 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 from gpt_jax.errors import InputError
-from gpt_jax.files import cache_folder, check_local
+from gpt_jax.files import as_path, cache_folder, check_local, is_address
+
+if TYPE_CHECKING:
+    from gpt_jax.storage import Address
 
 # Counts the changes of the keys below. A record of a higher number was written by a newer version, whose keys may mean
 # something that this one does not know; one of a lower number lacks keys, whose defaults mean what was before them.
@@ -198,11 +202,15 @@ class DataConfig(_Section):
         None, 'processes that prepare a large corpus; unset: one for each core', resume=True, least=1, most=1024
     )
     mask_documents: bool = key(False, 'tokens see their own document alone; positions start again in each')
-    cache_dir: str | None = key(None, "token shards; unset: gpt_jax/data in the user's cache folder", resume=True)
+    cache_dir: str | None = key(
+        None, "token shards, a folder or gs://BUCKET/NAME; unset: gpt_jax/data in the user's cache folder", resume=True
+    )
 
     @property
     def cache(self) -> pathlib.Path:
-        """The folder where prepared data is kept."""
+        """The folder where prepared data is kept; with `cache_dir` on object storage, that of its local copies."""
+        if (shared := self.shared_cache) is not None:
+            return cache_folder('data-of-buckets') / hashlib.sha256(str(shared).encode()).hexdigest()[:16]
         path = self.cache_dir or cache_folder('data')
         check_local(path, f'data.cache_dir={path}')
         try:
@@ -215,6 +223,13 @@ class DataConfig(_Section):
             reason = getattr(error, 'strerror', None) or error
             raise InputError(f'data.cache_dir={path}: cannot be used ({reason}); name another folder') from None
         return path
+
+    @property
+    def shared_cache(self) -> 'Address | None':
+        """`cache_dir` where that is on object storage, else None."""
+        if self.cache_dir is None or not is_address(self.cache_dir):
+            return None
+        return as_path(self.cache_dir, f'data.cache_dir={self.cache_dir}')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,13 @@ checkpoint folder becomes a directory that transformers' AutoModelForCausalLM an
 whole or not at all. --mesh is for a model that one device cannot hold; the files are the same.
 """
 
-import pathlib
 import shlex
 
 from absl import flags
 
 from gpt_jax import cli
 from gpt_jax.errors import InputError
+from gpt_jax.files import as_path, listing
 
 SOURCE = flags.DEFINE_string('source', None, 'a Hugging Face directory, a workdir, or a checkpoints/STEP folder')
 TARGET = flags.DEFINE_string('target', None, 'the folder to make: new, or empty')
@@ -40,7 +40,7 @@ def main() -> None:
     else:
         checkpoints.export_huggingface(found, TARGET.value, dtype=DTYPE.value or 'f32', mesh=cli.read_mesh())
         kind, use = 'Hugging Face directory', f'transformers.AutoModelForCausalLM.from_pretrained({TARGET.value!r})'
-    size = sum(path.stat().st_size for path in pathlib.Path(TARGET.value).expanduser().rglob('*') if path.is_file())
+    size = sum(listing(as_path(TARGET.value).expanduser()).values())
     print(f'{SOURCE.value} -> {kind} {TARGET.value}, {size / 1e6:,.1f} MB. Use it: {use}')
 
 

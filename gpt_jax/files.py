@@ -1,4 +1,8 @@
-"""Files on disk: read within bounds, written whole or not at all, hashed, and where the user's caches are."""
+"""Files: read within bounds, written whole or not at all, hashed, and where the user's caches are.
+
+What is on disk is a `pathlib.Path`. Where object storage can be used as well, a path is what `as_path` makes of the
+user's text: gs://bucket/run is a `gpt_jax.storage.Address`, which most functions here take likewise.
+"""
 
 import codecs
 import contextlib
@@ -13,13 +17,17 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import platformdirs
 
 from gpt_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gpt_jax.storage import Address
 
 # What is read whole into memory: a configuration, a vocabulary, a prompt. Far above any real one.
 MOST_BYTES = 64 * 2**20
@@ -34,6 +42,30 @@ _KINDS = {
     stat.S_IFCHR: 'a device',
     stat.S_IFBLK: 'a device',
 }
+
+
+def is_address(path: str | os.PathLike) -> bool:
+    """Whether `path` leads to object storage: gs://... or s3://..., as text or as an `Address`."""
+    return re.match(r'(gs|s3):/', os.fspath(path)) is not None
+
+
+def as_path(path: str | os.PathLike, name: str | None = None) -> 'pathlib.Path | Address':
+    """What a user gave, as a path on this machine or, where it is one, as an address of object storage.
+
+    Args:
+      path: of a file or a folder, whether it is there or not.
+      name: what messages call it, e.g. '--workdir=gs://bucket/run'.
+
+    Raises:
+      InputError: it is an address that cannot be, of a store that nothing here reaches, or of one that only a package
+        reaches which is not installed.
+    """
+    if is_address(path):
+        from gpt_jax import storage  # imports etils, and what it is for is rarely asked for
+
+        return storage.address(path, _called(path, name))
+    check_local(path, name)
+    return pathlib.Path(path)
 
 
 def check_local(path: str | os.PathLike, name: str | None = None) -> None:
@@ -67,12 +99,30 @@ def read_bytes(path: str | os.PathLike, name: str | None = None, most: int = MOS
     Raises:
       InputError: it is none of these, is missing, larger, cannot be read, or stands for one that Git LFS holds.
     """
-    with _opened(path, name) as file:
-        # One byte more than is allowed: a file may grow, or lie about its size, as those of /proc do.
-        data = file.read(most + 1)
+    if is_address(path):
+        data = _read_object(path, name, most + 1)
+    else:
+        data = _read_file(path, name, most + 1)
     if len(data) > most:
         raise InputError(f'{_called(path, name)} is larger than the {most:,} bytes that are read of such a file')
     return data
+
+
+def _read_file(path: str | os.PathLike, name: str | None, most: int) -> bytes:
+    with _opened(path, name) as file:
+        # One byte more than is allowed: a file may grow, or lie about its size, as those of /proc do.
+        return file.read(most)
+
+
+def _read_object(path: 'Address', name: str | None, most: int) -> bytes:
+    from gpt_jax import storage
+
+    try:
+        return storage.read(as_path(path), most)
+    except IsADirectoryError:
+        raise InputError(f'{_called(path, name)} is a folder; name a regular file') from None
+    except FileNotFoundError as error:
+        raise InputError(f'{_called(path, name)} cannot be read ({error.strerror or error})') from None
 
 
 def read_text(path: str | os.PathLike, name: str | None = None, most: int = MOST_BYTES) -> str:
@@ -186,11 +236,16 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a new binary file that takes the place of `path` when the block ends well, and is removed otherwise.
 
     The bytes are on disk (fsync) before the name is: after a crash `path` is the old file or the whole new one. A link
-    at `path` is replaced, never followed; the new file has a name that nobody can foresee, and is nobody else's.
+    at `path` is replaced, never followed; the new file has a name that nobody can foresee, and is nobody else's. An
+    object is uploaded at the end of the block, from a local file.
 
     Raises:
       WriteError: the file cannot be made, or the disk is full; what else fails in the block comes out as it is.
     """
+    if is_address(path):
+        with _replacing_object(as_path(path)) as file:
+            yield file
+        return
     path = pathlib.Path(path)
     temporary = _temporary(path)
     try:
@@ -212,6 +267,19 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise _write_error(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _replacing_object(path: 'Address') -> Iterator[BinaryIO]:
+    from gpt_jax import storage
+
+    with tempfile.NamedTemporaryFile(prefix='gpt_jax-') as file:
+        yield file
+        try:
+            file.flush()
+            storage.upload(pathlib.Path(file.name), path)
+        except OSError as error:
+            raise _write_error(path, error) from None
 
 
 def appending(path: str | os.PathLike) -> io.FileIO:
@@ -239,20 +307,28 @@ def appending(path: str | os.PathLike) -> io.FileIO:
 
 def remove_leftovers(paths: Iterable[pathlib.Path]) -> None:
     """Removes what processes that were killed while `replacing` one of `paths` have left; nobody may be at it now."""
-    for path in paths:
+    for path in (path for path in paths if not is_address(path)):  # an object appears whole: nothing is ever left
         for leftover in path.parent.glob(f'.{glob.escape(path.name)}.*.tmp'):
             leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_folder(path: str | os.PathLike, last: Iterable[str] = ()) -> Iterator[pathlib.Path]:
     """A temporary folder beside `path` that takes its name when the block ends well, and is removed otherwise.
 
     Missing parents are made. An empty folder may stand at `path`; nothing else is ever replaced.
 
+    Args:
+      path: the folder that is to be. Where it is on object storage, the block gets a local one, which is uploaded.
+      last: names of the files without which the folder counts as none: uploaded when the others are there.
+
     Raises:
       InputError: something else stands at `path`, the folder cannot be made there, or the disk is full on the way.
     """
+    if is_address(path):
+        with _new_folder_of_objects(as_path(path), tuple(last)) as folder:
+            yield folder
+        return
     check_local(path)
     given = path
     try:
@@ -279,6 +355,36 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise WriteError(path, cause) from None
     finally:
         remove_folder(temporary)
+
+
+@contextlib.contextmanager
+def _new_folder_of_objects(path: 'Address', last: tuple[str, ...]) -> Iterator[pathlib.Path]:
+    from gpt_jax import storage
+
+    storage.check_reachable(path, os.fspath(path))
+    if path.exists():
+        raise InputError(f'{path} exists already; name a new folder, or remove that one first')
+    with tempfile.TemporaryDirectory(prefix='gpt_jax-', ignore_cleanup_errors=True) as temporary:
+        try:
+            yield pathlib.Path(temporary)
+            storage.upload_folder(pathlib.Path(temporary), path, last)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # what is there counts as nothing
+                path.rmtree()
+            cause = system_error(error)
+            if isinstance(error, InputError) or cause is None or cause.errno not in FULL:
+                raise
+            raise WriteError(tempfile.gettempdir(), cause) from None
+
+
+def listing(folder: 'pathlib.Path | Address') -> dict[str, int]:
+    """Bytes of every file below `folder`, by its name from there, with slashes; OSError where it cannot be read."""
+    if is_address(folder):
+        from gpt_jax import storage
+
+        return {name: entry['size'] for name, entry in storage.listing(as_path(folder)).items()}
+    files = sorted(path for path in folder.rglob('*') if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def remove_folder(folder: pathlib.Path) -> None:
@@ -327,6 +433,13 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 def sha256(path: str | os.PathLike) -> str:
     """Hex sha256 of a file's bytes; OSError where it cannot be read."""
+    if is_address(path):
+        from gpt_jax import storage
+
+        digest = hashlib.sha256()
+        for stretch in storage.stretches(as_path(path)):
+            digest.update(stretch)
+        return digest.hexdigest()
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 

@@ -61,6 +61,7 @@ def main() -> None:
     jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
     from gpt_jax.training import prefer_overrides, resolve
+    from gpt_jax.training.recipe import planned_model
     from gpt_jax.training.step import check_mesh
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
@@ -79,14 +80,15 @@ def main() -> None:
 
     def memory(placement: planning.Placement) -> planning.Memory:
         if placement.mesh not in states:
-            states[placement.mesh] = _abstract_state(run, placement)
+            known = next(iter(states.values()), None)
+            states[placement.mesh] = _abstract_state(run, placement) if known is None else _moved(known, placement)
         return planning.training_memory(placement, states[placement.mesh], compiler == 'cpu')
 
     def compiled(placement: planning.Placement) -> dict[str, Any]:
         answer = planning.compile_step(lambda: _lower_step(run, placement, devices))
         return planning.compiled_section(TOPOLOGY.value, answer, limit, placement, device)
 
-    model, found = _planned_model(run), None
+    model, found = planned_model(run), None
     if SEARCH.value:
         placement, found = _search(run, model, count, device, devices and compiled, memory)
     else:
@@ -185,20 +187,6 @@ def _recipe_section(run: 'RunConfig') -> dict[str, Any]:
     }
 
 
-def _planned_model(run: 'RunConfig') -> 'GPTConfig':
-    """The architecture; where the corpus decides on the vocabulary, the size that the config asks for.
-
-    A run trains a tokenizer of at most `data.vocab_size` tokens, or takes GPT-2's. Only the data tell how many
-    characters there are: 256 stand for them.
-    """
-    from gpt_jax.models import PRESETS
-    from gpt_jax.training.recipe import model_config
-
-    sizes = {'bpe': run.data.vocab_size, 'char': 256}
-    gpt2 = PRESETS['gpt2-small'].vocab_size
-    return model_config(run, run.model.vocab_size or sizes.get(run.data.tokenizer, gpt2))
-
-
 def _training_tokens(run: 'RunConfig') -> int | None:
     """Tokens of the whole run; None where its length is in epochs of a corpus that is not at hand."""
     from gpt_jax.training.optimizer import batch_sizes
@@ -226,6 +214,18 @@ def _abstract_state(run: 'RunConfig', placement: 'planning.Placement', mesh: Any
     if mesh is None:
         mesh = make_abstract_mesh(placement.mesh, placement.devices)
     return abstract_state(GPT(placement.config), optimizer, mesh, StepSettings.of(run))
+
+
+def _moved(state: Any, placement: 'planning.Placement') -> Any:
+    """An abstract state on the mesh of `placement`: its shapes are the same on each, and cost a second to find."""
+    import jax
+
+    from gpt_jax.parallel import make_abstract_mesh, tree_shardings
+
+    shardings = tree_shardings(make_abstract_mesh(placement.mesh, placement.devices), state.params, state)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+    )
 
 
 def _lower_step(run: 'RunConfig', placement: 'planning.Placement', devices: 'Sequence[jax.Device]') -> Any:

@@ -28,8 +28,9 @@ def main() -> int:
     """Prepares or inspects, and returns the exit status."""
     if INSPECT.value is not None:
         from gpt_jax.data.shards import inspect
+        from gpt_jax.data.shared import local_folder
 
-        for line in inspect(INSPECT.value):
+        for line in inspect(local_folder(INSPECT.value, f'--inspect={INSPECT.value}', print)):
             print(line)
         return 0
     run, tokenizer = parse(cli.read_experiment(CONFIG)), None

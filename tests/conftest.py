@@ -122,13 +122,13 @@ def tiny_gpt2(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def two_processes():
-    """A function: a script -> what two processes of one jax.distributed print as their last line of JSON.
+def several():
+    """A function: a number and a script -> what as many processes of one run print as their last line of JSON.
 
     The script begins with `index` and `arguments`; jax knows all devices, `devices` of them in each process.
     """
 
-    def run(script, *arguments, devices=1, timeout=600):
+    def run(count, script, *arguments, devices=1, timeout=600):
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
             port = probe.getsockname()[1]
@@ -136,7 +136,7 @@ def two_processes():
             'import sys, jax\n'
             'index, arguments = int(sys.argv[1]), sys.argv[2:]\n'
             f'jax.config.update("jax_num_cpu_devices", {devices})\n'
-            f'jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=index)\n'
+            f'jax.distributed.initialize("127.0.0.1:{port}", num_processes={count}, process_id=index)\n'
         )
         environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
         environment['PYTHONPATH'] = os.pathsep.join(path for path in sys.path if path)
@@ -148,17 +148,23 @@ def two_processes():
                 text=True,
                 env=environment,
             )
-            for index in range(2)
+            for index in range(count)
         ]
         try:
             outputs = [child.communicate(timeout=timeout) for child in children]
         finally:
             for child in children:
                 child.kill()
-        assert [child.returncode for child in children] == [0, 0], outputs
+        assert [child.returncode for child in children] == [0] * count, outputs
         return [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
 
     return run
+
+
+@pytest.fixture(scope='session')
+def two_processes(several):
+    """`several` for two."""
+    return lambda *arguments, **options: several(2, *arguments, **options)
 
 
 @pytest.fixture(scope='session')

@@ -35,7 +35,9 @@ NOT_RUN = {
     r'python3 -m venv |\. \.venv|pip install ': 'makes the environment that the tests run in; .ci/run does it anew',
     r'docker |mkdir -p runs$': 'needs a Docker engine',
     r'(GPT_JAX_GPT2_FILES=DIR )?(python -m )?pytest( |$)|\.ci/run': 'would run the tests within the tests',
-    r'.* --distributed ': 'needs two hosts; tests/training trains in two processes',
+    r'.* --coordinator=': 'needs two hosts; a Python block of SCALING.md runs two processes',
+    r'(sbatch |kubectl |TPU=\S+ .*)?launch/|kubectl ': 'needs a cluster; tests/test_launch.py stands in for one',
+    r'.*gs://bucket/': 'needs a bucket; tests/storage runs every verb on an emulated one',
     r'python -m gpt_jax.prove ': 'starts the program again and again; tests/verbs proves a run of its own',
     r'.* --topology=': 'needs libtpu and minutes; tests/verbs compiles a small step where libtpu is there',
 }

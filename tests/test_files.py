@@ -155,7 +155,7 @@ def test_files_are_read_without_their_byte_order_mark(tmp_path):
     assert read_bytes('/proc/self/status').startswith(b'Name:')  # says of itself that it has 0 bytes
 
 
-@pytest.mark.parametrize('path', ['gs://bucket/run', 's3://b', 'hf://a/b', 'file:///tmp/x', 'gs:/bucket'])
+@pytest.mark.parametrize('path', ['az://bucket/run', 'hdfs://b', 'hf://a/b', 'file:///tmp/x', 'gcs:/bucket'])
 def test_an_address_is_no_folder(path):
     with pytest.raises(InputError, match=r'--workdir=.*no place on this machine'):
         check_local(path, f'--workdir={path}')

@@ -17,7 +17,7 @@ FLOORS = (
     {'cli'},
 )
 VERBS = {'main', 'generate', 'evaluate', 'prepare', 'convert', 'plan', 'prove'}
-FREE = {'', 'config', 'errors', 'files', 'signals'}  # the ground: gpt_jax itself (its version) and four modules
+FREE = {'', 'config', 'errors', 'files', 'signals', 'storage'}  # the ground: gpt_jax itself (its version), five modules
 # Who alone may import what.
 RESERVED = {'ml_collections': VERBS | {'cli', 'config'}, 'absl.flags': VERBS | {'cli'}, 'configs': set()}
 FORBIDDEN = {

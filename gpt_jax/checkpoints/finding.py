@@ -24,12 +24,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gpt_jax import __version__
-from gpt_jax.checkpoints import verifying
+from gpt_jax.checkpoints import committing, verifying
 from gpt_jax.data import Tokenizer
 from gpt_jax.data.tokenizer import gpt2
 from gpt_jax.errors import InputError
-from gpt_jax.files import check_local, sha256
+from gpt_jax.files import as_path, cache_folder, is_address, listing, read_json, sha256
 from gpt_jax.models import GPTConfig, huggingface
+from gpt_jax.storage import Address, StorageError, check_reachable, local_copy
 
 META_FILE = 'meta/metadata'  # where orbax puts the JSON item named `meta`
 ITEMS = ('params', 'optimizer', 'ema', 'meta')
@@ -61,6 +62,8 @@ class Resolved:
     @property
     def huggingface(self) -> bool:
         """Whether it is a Hugging Face directory."""
+        if is_address(self.folder):
+            return False  # `resolve` has fetched such a one
         return not verifying.exists(self.folder) and huggingface.is_directory(self.folder)
 
 
@@ -109,12 +112,14 @@ def check_weights(found: Resolved) -> None:
 
 def _resolve(path: str | os.PathLike, step: int | None) -> Resolved:
     given, path = path, _absolute(path)
+    if is_address(path) and not verifying.exists(path) and _is_huggingface(path):
+        path = _fetched(path, given, lambda name: '/' not in name)
     if _is_step_folder(path):
         own_step = read_step_meta(path)['step']
         if step not in (None, own_step):
             raise InputError(f'checkpoint {given} is step {own_step}, not {step}: give its workdir to choose a step')
-        return Resolved(path, own_step, _workdir(path.parent))
-    if huggingface.is_directory(path):
+        return _readable(Resolved(path, own_step, _workdir(path.parent)), given)
+    if not is_address(path) and huggingface.is_directory(path):
         if step is not None:
             raise InputError(f'checkpoint {given} is a Hugging Face directory, which has no steps: leave --step out')
         return Resolved(path, 0, None)
@@ -123,12 +128,20 @@ def _resolve(path: str | os.PathLike, step: int | None) -> Resolved:
         chosen, damaged = _choose(folder, given)
         for problem in damaged:
             _warn(f'{problem.what}; step {chosen.step} is used instead')
-        return chosen
+        return _readable(chosen, given)
     steps = step_names(folder)
     if step not in steps:
         available = ', '.join(map(str, steps)) or 'none'
         raise InputError(f'{given} has no checkpoint of step {step}: it has {available}')
-    return Resolved(folder / str(step), step, _workdir(folder))
+    return _readable(Resolved(folder / str(step), step, _workdir(folder)), given)
+
+
+def _readable(found: Resolved, given: str | os.PathLike) -> Resolved:
+    """Where orbax can read the step: there, or from a local copy if it does not know the store."""
+    if not is_address(found.folder) or found.folder.scheme == 'gs':
+        return found
+    folder = _fetched(found.folder, given, lambda name: not name.startswith('optimizer/'))
+    return Resolved(folder, found.step, None)
 
 
 def _choose(
@@ -148,7 +161,7 @@ def _choose(
             try:
                 losses[step] = read_step_meta(folder / str(step))['val_loss']
             except verifying.DamagedError as error:
-                if (folder / str(step)).exists():
+                if _is_there(folder / str(step)):
                     damaged.append(error)
         if losses:
             measured = {step: loss for step, loss in losses.items() if loss is not None}
@@ -171,7 +184,7 @@ def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
         except Exception as error:
             # `Checkpoints` names a step when all its files are there, and renames it before they go: it is there as a
             # whole or not at all. Several processes would each choose for themselves: they give up together instead.
-            there, folder = found.folder.exists(), found.chosen_from
+            there, folder = _is_there(found.folder), found.chosen_from
             if jax.process_count() > 1 or (there and not (folder and isinstance(error, verifying.DamagedError))):
                 raise
             problem = error
@@ -241,7 +254,9 @@ def step_names(folder: pathlib.Path) -> list[int]:
         return []
     except OSError as error:
         raise InputError(f'{folder} cannot be read ({error.strerror})') from None
-    return sorted(int(path.name) for path in paths if is_step_name(path.name) and is_checkpoint(path))
+    return sorted(
+        int(path.name) for path in paths if is_step_name(path.name) and is_checkpoint(path) and committing.counts(path)
+    )
 
 
 def is_step_name(name: str) -> bool:
@@ -253,8 +268,12 @@ def is_step_name(name: str) -> bool:
 def is_checkpoint(path: pathlib.Path) -> bool:
     """Whether `path` is a checkpoint or the remains of one: an empty folder, or one with something of a save."""
     try:
-        names = {entry.name for entry in os.scandir(path)}
+        names = {entry.name for entry in path.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError:
+        if is_address(path):
+            raise
         return False
     return not names or not names.isdisjoint({verifying.NAME, '_CHECKPOINT_METADATA', *ITEMS})
 
@@ -284,6 +303,8 @@ def read_step_meta(step_folder: pathlib.Path) -> dict[str, Any]:
     verifying.verify(step_folder, META_FILE.__eq__, way_out=way_out(step_folder))
     try:
         meta = json.loads((step_folder / META_FILE).read_bytes())
+    except StorageError:
+        raise
     except OSError as error:
         raise verifying.DamagedError(
             f'{step_folder / META_FILE} cannot be read ({error.strerror})', way_out(step_folder)
@@ -380,8 +401,13 @@ def _update(meta: dict[str, Any]) -> str:
 
 
 def _absolute(path: str | os.PathLike) -> pathlib.Path:
-    """Where `path` is, through its links. Raises InputError where nothing is, or it is no path of this machine."""
-    check_local(path, f'checkpoint {path}')
+    """Where `path` is, through its links. Raises InputError where nothing is, or it can be no path."""
+    place = as_path(path, f'checkpoint {path}')
+    if is_address(place):
+        check_reachable(place, f'checkpoint {path}')
+        if not place.exists():
+            raise InputError(f'checkpoint {path} does not exist: {NAME_ONE}')
+        return place
     if not os.fspath(path):
         raise InputError(f'the name of the checkpoint is empty: {NAME_ONE}')
     try:
@@ -396,8 +422,36 @@ def _absolute(path: str | os.PathLike) -> pathlib.Path:
     return absolute
 
 
+def _fetched(folder: Address, given: str | os.PathLike, wanted: Callable[[str], bool]) -> pathlib.Path:
+    """A local copy of a folder's objects, for readers that take files alone."""
+    try:
+        return local_copy(folder, filter(wanted, listing(folder)), cache_folder('objects'))
+    except OSError as error:
+        raise InputError(f'checkpoint {given} cannot be fetched ({error.strerror or error})') from None
+
+
+def _is_huggingface(folder: Address) -> bool:
+    """`huggingface.is_directory`, of objects."""
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+        if not names.isdisjoint({huggingface.SINGLE, huggingface.INDEX, *huggingface.PICKLED}):
+            return True
+        document = read_json(folder / 'config.json') if 'config.json' in names else None
+    except (InputError, OSError) as error:
+        if isinstance(error, StorageError):
+            raise
+        return False
+    return isinstance(document, dict) and 'model_type' in document
+
+
+def _is_there(step_folder: pathlib.Path) -> bool:
+    return step_folder.exists() and committing.counts(step_folder)
+
+
 def _is_step_folder(path: pathlib.Path) -> bool:
     """Whether `path` is a single checkpoint, be it damaged, and not a folder with several."""
+    if is_address(path):
+        return verifying.exists(path) or (path / '_CHECKPOINT_METADATA').is_file()
     return verifying.exists(path) or ((path / '_CHECKPOINT_METADATA').is_file() and not huggingface.is_directory(path))
 
 

@@ -36,9 +36,10 @@ from gpt_jax.checkpoints.finding import (
 from gpt_jax.data import Tokenizer
 from gpt_jax.data.tokenizer import END_OF_TEXT, UNKNOWN
 from gpt_jax.errors import InputError
-from gpt_jax.files import new_folder
+from gpt_jax.files import is_address, new_folder
 from gpt_jax.models import GPT, GPTConfig, huggingface
 from gpt_jax.parallel import tree_shardings
+from gpt_jax.storage import reading_by_others
 
 ORBAX_FOLDER = str(pathlib.Path(ocp.__file__).parent)
 
@@ -208,7 +209,11 @@ def stored_shapes(step_folder: pathlib.Path, item: str) -> Any:
     if not (step_folder / item).is_dir():
         return None
     handler = ocp.CompositeCheckpointHandler(**{item: ocp.StandardCheckpointHandler()})
-    with orbax_path(step_folder) as path, ocp.Checkpointer(handler) as checkpointer:
+    with (
+        reading_by_others(step_folder),
+        orbax_path(step_folder) as path,
+        ocp.Checkpointer(handler) as checkpointer,
+    ):
         metadata = checkpointer.metadata(path).item_metadata[item].tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
@@ -249,7 +254,11 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     items = {item: jax.tree.map(placed, tree) for item, tree in items.items()}
     filled = {item: tree for item, tree in items.items() if jax.tree.leaves(tree)}
     handlers = {item: ocp.StandardCheckpointHandler() for item in filled}
-    with orbax_path(step_folder) as path, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+    with (
+        reading_by_others(step_folder),
+        orbax_path(step_folder) as path,
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer,
+    ):
         arguments = {item: ocp.args.StandardRestore(tree) for item, tree in filled.items()}
         restored = checkpointer.restore(path, args=ocp.args.Composite(**arguments))
     return {item: restored[item] if item in filled else tree for item, tree in items.items()}
@@ -292,9 +301,9 @@ def import_huggingface(source: str | os.PathLike, target: str | os.PathLike, mes
     With a `mesh` the parameters are split over it on their way. Raises InputError, in one line, where the source cannot
     be used or something stands at `target`.
     """
-    source = pathlib.Path(source).expanduser()
+    source = resolve(source).folder if is_address(source) else pathlib.Path(source).expanduser()
     meta = describe_huggingface(source) | describe_save(step=0)
-    with new_folder(target) as folder:
+    with new_folder(target, last=(verifying.NAME,)) as folder:
         params = _huggingface_params(source, _split_over(mesh) or _default_place())
         # `Checkpoints` saves in the background and copies everything first; here one array at a time is in flight.
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -330,7 +339,7 @@ def export_huggingface(
       InputError: in one line, where the source cannot be used, its architecture is neither GPT-2's nor GPT-Neo's, or
         something stands at `target`.
     """
-    with new_folder(target) as folder:
+    with new_folder(target, last=('config.json',)) as folder:
         loaded = load(source, step, _split_over(mesh))
         config = read_model_config(loaded.meta, loaded.folder)
         tokenizer = Tokenizer.from_json(loaded.meta['tokenizer'])

@@ -1,11 +1,8 @@
 """Saving while training goes on, keeping the latest and the best, and resuming from one of them.
 
-What a kill at any moment leaves, and why it can always be resumed:
-  while orbax writes        `saving_STEP.orbax-checkpoint-tmp`
-  before the manifest       `saving_STEP`, which becomes `STEP` when the manifest is in it
-  while an old step goes    `STEP.removed`, renamed before its files go
-None of these counts, and the next save clears them away. So a folder `STEP` was finished, whatever is missing in it
-now, and is never deleted as if it had not been: `recover` goes on from an older one, and sets the damaged one aside.
+What a kill at any moment leaves, and why it can always be resumed, is told in `committing.py`, for disks and for object
+storage. A step that counts was finished, whatever is missing in it now: `recover` goes on from an older one, and sets
+the damaged one aside.
 orbax's own retention deletes old steps as soon as the new one is committed, when its manifest is not there yet; a kill
 in between would leave nothing to resume from. So orbax keeps everything, and old steps go here, after the manifest.
 """
@@ -17,7 +14,7 @@ import json
 import os
 import pathlib
 import re
-import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from gpt_jax.checkpoints import verifying
+from gpt_jax.checkpoints import committing, verifying
 from gpt_jax.checkpoints.finding import (
     describe_save,
     finished_steps,
@@ -40,11 +37,9 @@ from gpt_jax.checkpoints.finding import (
 )
 from gpt_jax.checkpoints.loading import check_tree, leaf_name, orbax_path, read_items
 from gpt_jax.errors import InputError
-from gpt_jax.files import WriteError, remove_folder, system_error
+from gpt_jax.files import WriteError, as_path, is_address, system_error
+from gpt_jax.storage import reading_by_others
 
-REMOVED = '.removed'
-SAVING = 'saving'
-TEMPORARY = '.orbax-checkpoint-tmp'
 DAMAGED = 'damaged'
 
 
@@ -60,7 +55,7 @@ def recover(folder: str | os.PathLike, say: Callable[[str], None] = print) -> di
     Raises:
       InputError: there is none but damaged ones, a newer gpt_jax wrote it, or something else has the name of a step.
     """
-    link, damaged = pathlib.Path(folder).expanduser(), {}
+    link, damaged = as_path(folder).expanduser(), {}
     try:
         folder = link.resolve()
     except (OSError, RuntimeError):
@@ -96,14 +91,15 @@ def _in_the_way(folder: pathlib.Path, link: pathlib.Path | None) -> InputError |
 
     A `link` may lead to storage for checkpoints elsewhere. One that leads to anything else somebody may have planted.
     """
-    if not os.path.lexists(folder):
+    if not committing.is_taken(folder):
         return link and InputError(f'{link} leads to {folder}, where nothing is; make that folder, or remove the link')
     try:
         paths = list(folder.iterdir())
     except OSError as error:
         return InputError(f'{folder} cannot be used for checkpoints ({error.strerror}); move it elsewhere')
     if link is not None:
-        ours = re.compile(rf'({DAMAGED}-|{SAVING}_)?\d+(-\d+|{re.escape(REMOVED)}|{re.escape(TEMPORARY)}.*)?')
+        ends = '|'.join(map(re.escape, (committing.REMOVED, committing.TEMPORARY)))
+        ours = re.compile(rf'({DAMAGED}-|{committing.SAVING}_)?\d+(-\d+|({ends}).*)?')
         other = next((path.name for path in paths if not ours.fullmatch(path.name)), None)
         if other is not None:
             return InputError(f'{link} leads to {folder}, where other things are ({other}); remove the link')
@@ -123,10 +119,10 @@ def _set_aside(step_folder: pathlib.Path) -> pathlib.Path:
     """Renames a step, in process 0, to a name that no reader counts and nothing overwrites; its new place."""
     suffixes = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
     paths = (step_folder.with_name(f'{DAMAGED}-{step_folder.name}{suffix}') for suffix in suffixes)
-    aside, problem = next(path for path in paths if not os.path.lexists(path)), None
+    aside, problem = next(path for path in paths if not committing.is_taken(path)), None
     try:
         if jax.process_index() == 0:
-            os.rename(step_folder, aside)
+            committing.set_aside(step_folder, aside)
     except OSError as error:
         problem = InputError(f'{step_folder} is damaged and cannot be renamed ({error.strerror}); move it elsewhere')
     verifying.raise_together(
@@ -149,12 +145,12 @@ class Checkpoints:
             raise InputError(f'keep_latest={keep_latest}: at least 1 checkpoint must be kept to resume from')
         if keep_best < 0:
             raise InputError(f'keep_best={keep_best}: give 0 or more')
-        self.folder = pathlib.Path(folder).expanduser().resolve()
+        self.folder = as_path(folder).expanduser().resolve()
         self.keep_latest, self.keep_best = keep_latest, keep_best
         self._orbax: ocp.CheckpointManager | None = None
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._pending: concurrent.futures.Future | None = None
-        self._failed = False
+        self._failed = self._lost = False
         self._at_the_end = contextlib.ExitStack()
 
     def __enter__(self) -> 'Checkpoints':
@@ -177,10 +173,11 @@ class Checkpoints:
         `params`, `optimizer` and `ema` (the parameters' average) are pytrees of arrays; without any (None) the latter
         two are left out. `meta` is a JSON dict; `format`, `step`, `val_loss` (None where not finite) and `versions` are
         added to it. A step that is already saved is left as it is, and False returned. A damaged checkpoint in its
-        place is set aside. Raises what the previous save failed with, TypeError for a leaf or a meta that cannot be
-        stored, InputError where `folder/STEP` is something else or the disk is full or cannot be written to.
+        place is set aside. Raises what the previous save failed with (but for the first time in a row that object
+        storage cannot be reached), TypeError for a leaf or a meta that cannot be stored, InputError where `folder/STEP`
+        is something else or the disk is full or cannot be written to.
         """
-        self.wait()
+        self._wait_or_go_on()
         if step in self.steps():
             return False
         params, optimizer = _storable(params), _storable(optimizer)
@@ -194,7 +191,7 @@ class Checkpoints:
     def _start(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any], ema: Any) -> None:
         orbax = self._open()
         place = self.folder / str(step)
-        if os.path.lexists(place):
+        if committing.is_taken(place) and committing.counts(place):
             if not is_checkpoint(place):
                 raise InputError(f'{place} is in the way and no checkpoint: move it elsewhere')
             _set_aside(place)
@@ -204,13 +201,36 @@ class Checkpoints:
             items['optimizer'] = ocp.args.StandardSave(optimizer)
         if jax.tree.leaves(ema):
             items['ema'] = ocp.args.StandardSave(ema)
+        if jax.process_index() == 0:
+            committing.begin(self.folder, step)
         orbax.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def _wait_or_go_on(self) -> None:
+        """`wait`; where object storage was out of reach, says so, and leaves it to this save to come through.
+
+        The libraries have tried again for minutes by then. One save in a run of weeks is not worth its end; a second
+        one in a row is.
+        """
+        try:
+            self.wait()
+            self._lost = False
+        except InputError as error:
+            if not is_address(self.folder) or self._lost:
+                raise
+            self._lost = True
+            if jax.process_index() == 0:
+                print(f'warning: {error}; the run goes on to the next save', file=sys.stderr, flush=True)
+            # It would raise the same at its next save. Another one clears away what there is of the failed step.
+            orbax, self._orbax = self._orbax, None
+            with contextlib.suppress(Exception):  # told of already
+                orbax.close()
 
     @contextlib.contextmanager
     def _told(self, step: int):
         """What the system refuses in the block, in one line: which step, why, and that nothing is lost."""
         try:
-            yield
+            with reading_by_others(self.folder / str(step)):
+                yield
         except Exception as error:
             self._failed = True
             cause = system_error(error)
@@ -299,15 +319,14 @@ class Checkpoints:
                         raise
                 if self._failed and jax.process_index() == 0:
                     # Now, since the disk may be full of it; what cannot be removed, the next run will.
-                    for path in self.folder.glob(f'{SAVING}_*'):
-                        remove_folder(path)
+                    committing.clear_failed(self.folder)
 
     def _open(self) -> ocp.CheckpointManager:
         if self._orbax is None:
             if jax.process_index() == 0:
-                self._remove_leftovers()
+                committing.clear(self.folder, is_step_name)
             # making the manager is a barrier between the processes: none looks at the folder before it is swept
-            name = ocp.path.step.standard_name_format(step_prefix=SAVING)
+            name = ocp.path.step.standard_name_format(step_prefix=committing.prefix(self.folder))
             options = ocp.CheckpointManagerOptions(create=True, step_name_format=name)
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self._at_the_end.enter_context(orbax_path(self.folder))
@@ -317,38 +336,17 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         with self._told(step):
             self._orbax.wait_until_finished()
-            saving = self.folder / f'{SAVING}_{step}'
-            verifying.write(saving)
+            verifying.write(committing.place_of(self.folder, step))
             if jax.process_index() == 0:
-                os.rename(saving, self.folder / str(step))
+                committing.commit(self.folder, step)
                 for old in self._outdated(step):
-                    _remove(self.folder / str(old))
+                    committing.remove(self.folder / str(old))
 
     def _outdated(self, saved: int) -> list[int]:
         finished, losses = self.steps(), val_losses(self.folder)
         best = sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best]
         keep = {saved, *finished[-self.keep_latest :], *best}
         return [step for step in finished if step not in keep]
-
-    def _remove_leftovers(self) -> None:
-        if not self.folder.is_dir():
-            return
-        for path in self.folder.iterdir():
-            name = path.name.removesuffix(TEMPORARY)
-            if name == path.name:
-                name = name.removesuffix(REMOVED) if name.endswith(REMOVED) else name.removeprefix(f'{SAVING}_')
-            if name == path.name or not is_step_name(name.removeprefix(f'{SAVING}_')):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()  # somebody's link, which orbax would follow
-
-
-def _remove(step_folder: pathlib.Path) -> None:
-    removed = step_folder.with_name(step_folder.name + REMOVED)
-    os.replace(step_folder, removed)
-    shutil.rmtree(removed)
 
 
 def _storable(tree: Any) -> Any:

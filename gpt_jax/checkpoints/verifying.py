@@ -11,7 +11,7 @@ import collections
 import concurrent.futures
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gpt_jax.errors import InputError
-from gpt_jax.files import read_json, remove_leftovers, replacing, sha256
+from gpt_jax.files import is_address, listing, read_json, remove_leftovers, replacing, sha256
+from gpt_jax.storage import StorageError
 
 NAME = 'manifest.sha256.json'
 FORMAT = 'gpt_jax checkpoint manifest 1'
@@ -55,7 +56,8 @@ def write(folder: pathlib.Path) -> None:
     hashed = {} if jax.process_count() == 1 else _share_hashing(folder)
     if jax.process_index() != 0:
         return
-    files = hashed | _hash(folder, (name for name in _names(folder) if name not in hashed))
+    sizes = _sizes(folder)
+    files = hashed | _hash(folder, {name: size for name, size in sizes.items() if name not in hashed})
     with replacing(folder / NAME) as file:
         file.write(json.dumps({'format': FORMAT, 'files': dict(sorted(files.items()))}, indent=1).encode())
 
@@ -83,14 +85,20 @@ def verify(
     if not names:  # else a damaged list would leave nothing to compare, and everything would pass
         raise DamagedError(f'{folder / NAME} is damaged (it lists too few files)', way_out)
 
+    # Of an object, to ask for its size is a request over the network: all are asked for together.
+    sizes = listing(folder) if is_address(folder) else None
+
     def damage(name: str) -> str | None:
         path, expected = folder / name, files[name]
-        if not path.is_file():
+        if not (path.is_file() if sizes is None else name in sizes):
             return f'{path} is missing'
         try:
-            if path.stat().st_size != expected['bytes']:
-                return f'{path} has {path.stat().st_size} bytes instead of {expected["bytes"]}'
+            size = path.stat().st_size if sizes is None else sizes[name]
+            if size != expected['bytes']:
+                return f'{path} has {size} bytes instead of {expected["bytes"]}'
             return None if sha256(path) == expected['sha256'] else f'{path} is damaged (its sha256 differs)'
+        except StorageError:
+            raise  # what cannot be reached now may be whole
         except OSError as error:
             return f'{path} cannot be read ({error.strerror})'
 
@@ -145,13 +153,13 @@ def _share_hashing(folder: pathlib.Path) -> dict[str, dict]:
     if index:
         try:
             store.blocking_key_value_get(f'{prefix}/committed', SHARE_TIMEOUT_MS)
-            hashed = _hash(folder, _names(folder)[index::count])
+            hashed = _hash(folder, _share(_sizes(folder), index, count))
         except (OSError, jax.errors.JaxRuntimeError):
             hashed = {}  # left to process 0
         store.key_value_set(f'{prefix}/{index}', json.dumps(hashed))
         return hashed
     store.key_value_set(f'{prefix}/committed', 'yes')  # orbax has renamed the folder in this process: now it is there
-    hashed = _hash(folder, _names(folder)[::count])
+    hashed = _hash(folder, _share(_sizes(folder), 0, count))
     for other in range(1, count):
         try:
             hashed |= json.loads(store.blocking_key_value_get(f'{prefix}/{other}', SHARE_TIMEOUT_MS))
@@ -161,14 +169,18 @@ def _share_hashing(folder: pathlib.Path) -> dict[str, dict]:
     return hashed
 
 
-def _names(folder: pathlib.Path) -> list[str]:
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
-    return sorted(name for name in names if name != NAME)
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+    """Bytes of each file, by name, in the order of names; the manifest is none of them."""
+    return {name: size for name, size in sorted(listing(folder).items()) if name != NAME}
 
 
-def _hash(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict]:
+def _share(sizes: Mapping[str, int], index: int, count: int) -> dict[str, int]:
+    return dict(list(sizes.items())[index::count])
+
+
+def _hash(folder: pathlib.Path, sizes: Mapping[str, int]) -> dict[str, dict]:
     # one after another: it runs beside a training that may need the other cores
-    return {name: {'bytes': (folder / name).stat().st_size, 'sha256': sha256(folder / name)} for name in names}
+    return {name: {'bytes': size, 'sha256': sha256(folder / name)} for name, size in sizes.items()}
 
 
 def _read(folder: pathlib.Path, way_out: str) -> dict[str, dict]:
@@ -182,5 +194,7 @@ def _read(folder: pathlib.Path, way_out: str) -> dict[str, dict]:
         return {
             name: {'bytes': int(entry['bytes']), 'sha256': entry['sha256']} for name, entry in document['files'].items()
         }
+    except StorageError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedError(f'{path} is damaged ({type(error).__name__})', way_out) from error

@@ -43,6 +43,7 @@ from gpt_jax.data.shards import (
     read_manifest,
     write_manifest,
 )
+from gpt_jax.data.shared import SharedFolder
 from gpt_jax.data.tokenizer import Tokenizer, pieces, shorten_words, up_to
 from gpt_jax.errors import InputError
 from gpt_jax.files import check_local, replacing
@@ -131,7 +132,12 @@ def prepare(
         had, the cache cannot be written, or files in it are damaged.
     """
     if config.cache_dir is not None:
-        check_local(config.cache_dir, f'data.cache_dir={config.cache_dir}')
+        if (shared := config.shared_cache) is not None:
+            from gpt_jax import storage
+
+            storage.check_reachable(shared, f'data.cache_dir={config.cache_dir}')
+        else:
+            check_local(config.cache_dir, f'data.cache_dir={config.cache_dir}')
         if '\0' in config.cache_dir:
             raise InputError(f'data.cache_dir={config.cache_dir}: no name of a folder; name another one')
     if config.mixture is not None and config.path is not None:
@@ -265,9 +271,11 @@ def _shared_tokenizer(
     folder = (
         cache / f'mixture-{digest(kind, *(f"{corpus.key} {weights[name]}" for name, corpus in corpora.items()))[:16]}'
     )
+    shared = SharedFolder(folder, config.shared_cache)
     with _writing(cache):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
         with lock(folder, TOKENIZER):
+            shared.fetch(TOKENIZER)
             if (folder / TOKENIZER).is_file():
                 return Tokenizer.load(folder / TOKENIZER)
             log(f'tokenizer: learning {kind} from {", ".join(weights)}')
@@ -281,7 +289,7 @@ def _shared_tokenizer(
                 samples = (text for name, corpus in resolved.items() for text in up_to(limits[name], _sample(corpus)))
                 tokenizer = tokenizers.train_bpe(samples, config.vocab_size)
             tokenizer.save(folder / TOKENIZER)
-            return tokenizer
+            return tokenizer if shared.publish_first(TOKENIZER) else Tokenizer.load(folder / TOKENIZER)
 
 
 def _tokenizer_key(config: DataConfig) -> str:
@@ -298,25 +306,29 @@ def _prepare_corpus(
 ) -> Prepared | None:
     """One corpus of the mixture, or this piece of it; None while parts of other pieces are missing."""
     cache = config.cache
-    folder, tokenizer = _choose_folder(cache, corpus, config, tokenizer)
+    folder, tokenizer = _choose_folder(cache, corpus, config, tokenizer, log)
+    shared = SharedFolder(folder, config.shared_cache)
+    shared.pull(log)
     if is_complete(folder):
         # The corpus is neither read nor resolved: this takes no network, and milliseconds.
         prepared = _open_folder(folder, corpus, log)
-        log(f'data: reused from {folder}')
+        log(f'data: reused from {shared.name}')
         return prepared
     with _writing(cache):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        unresolved, corpus = corpus, _resolve(folder, corpus)
+        shared.fetch(SOURCE, TOKENIZER)
+        unresolved, corpus = corpus, _resolve(shared, corpus)
         for line in corpus.notices([tokenizers.END_OF_TEXT]) if corpus is not unresolved else ():
             log(line)
-        tokenizer = _tokenizer_of(folder, corpus, config, tokenizer, log)
-        if not _build(folder, corpus, config, tokenizer, piece, log):
+        tokenizer = _tokenizer_of(shared, corpus, config, tokenizer, log)
+        if not _build(shared, corpus, config, tokenizer, piece, log):
             return None
+        shared.pull(log)
     return _open_folder(folder, corpus, log)
 
 
 def _choose_folder(
-    cache: pathlib.Path, corpus: Corpus, config: DataConfig, given: Tokenizer | None
+    cache: pathlib.Path, corpus: Corpus, config: DataConfig, given: Tokenizer | None, log: Callable[[str], None]
 ) -> tuple[pathlib.Path, Tokenizer | None]:
     """The folder for this data, and its tokenizer where that is known without the corpus or the network."""
 
@@ -336,6 +348,7 @@ def _choose_folder(
         # A resumed run gives the tokenizer that was made here before: its shards are here, too.
         if given is None:
             return folder, None  # made, or downloaded, only where the folder is not complete
+        SharedFolder(folder, config.shared_cache).pull(log)
         if is_complete(folder) and read_manifest(folder)['tokenizer_fingerprint'] == given.fingerprint:
             return folder, given
     return folder_of(given.fingerprint), given
@@ -363,36 +376,39 @@ def _writing(cache: pathlib.Path) -> Iterator[None]:
         raise InputError(f'data.cache_dir={what} cannot be written ({error.strerror}); name another folder') from None
 
 
-def _resolve(folder: pathlib.Path, corpus: Corpus) -> Corpus:
+def _resolve(shared: SharedFolder, corpus: Corpus) -> Corpus:
     """The corpus as the first process to prepare it here has found it, so that all parts are of one revision."""
-    with lock(folder, SOURCE):
-        path = folder / SOURCE
-        if path.is_file():
-            recorded = read_json(path)
-            try:
-                return corpus.resolve(recorded)
-            except (KeyError, TypeError, ValueError) as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(f'{path}: damaged; {PREPARE_AGAIN}') from None
-        corpus = corpus.resolve()
-        with replacing(path) as file:
-            file.write(json.dumps(corpus.source(), indent=2).encode())
-    return corpus
+    with lock(shared.folder, SOURCE):
+        path = shared.folder / SOURCE
+        if not path.is_file():
+            resolved = corpus.resolve()
+            with replacing(path) as file:
+                file.write(json.dumps(resolved.source(), indent=2).encode())
+            if shared.publish_first(SOURCE):
+                return resolved
+        recorded = read_json(path)
+        try:
+            return corpus.resolve(recorded)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f'{path}: damaged; {PREPARE_AGAIN}') from None
 
 
 def _tokenizer_of(
-    folder: pathlib.Path, corpus: Corpus, config: DataConfig, tokenizer: Tokenizer | None, log: Callable[[str], None]
+    shared: SharedFolder, corpus: Corpus, config: DataConfig, tokenizer: Tokenizer | None, log: Callable[[str], None]
 ) -> Tokenizer:
     """The tokenizer of the folder, made by one process where several are here."""
     start = time.perf_counter()
-    with lock(folder, TOKENIZER):
-        path = folder / TOKENIZER
+    with lock(shared.folder, TOKENIZER):
+        path = shared.folder / TOKENIZER
         if tokenizer is None and path.is_file():
             tokenizer = Tokenizer.load(path)
         else:
             tokenizer = tokenizer or _make_tokenizer(corpus, config)
             tokenizer.save(path)
+        if not shared.publish_first(TOKENIZER):
+            tokenizer = Tokenizer.load(path)
     log(f'tokenizer: {tokenizer.kind}, {_spaced(tokenizer.vocab_size)} tokens, {time.perf_counter() - start:.1f} s')
     return tokenizer
 
@@ -423,7 +439,7 @@ def _sample(corpus: Corpus) -> Iterator[str]:
 
 
 def _build(
-    folder: pathlib.Path,
+    shared: SharedFolder,
     corpus: Corpus,
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -431,21 +447,33 @@ def _build(
     log: Callable[[str], None],
 ) -> bool:
     """Makes this piece's parts and, where no other's is missing then, the manifest; returns whether none is."""
-    start = time.perf_counter()
+    start, folder = time.perf_counter(), shared.folder
     # The same for every machine and number of workers: pieces and restarts count on it.
     parts = corpus.parts()
     jobs = [Job(folder, corpus, number, part) for number, part in enumerate(parts)]
-    mine = [job for job in jobs[piece[0] - 1 :: piece[1]] if read_report(folder, job.number, corpus, tokenizer) is None]
-    if len(mine) < len(parts[piece[0] - 1 :: piece[1]]):
-        log(f'data: going on in {folder}, {len(mine)} of {len(parts)} parts to do')
+    own, there = jobs[piece[0] - 1 :: piece[1]], shared.reports(corpus, tokenizer)
+
+    def finished(job: Job) -> dict[str, Any] | None:
+        return there.get(job.number) or read_report(folder, job.number, corpus, tokenizer)
+
+    mine = [job for job in own if finished(job) is None]
+    if len(mine) < len(own):
+        log(f'data: going on in {shared.name}, {len(mine)} of {len(parts)} parts to do')
+    num_workers = config.num_workers or worthwhile(mine)
     with _progress(mine) as done:
-        build_parts(mine, tokenizer, config.num_workers or worthwhile(mine), done)
-    reports = [read_report(folder, job.number, corpus, tokenizer) for job in jobs]
+        if shared.address is None:
+            build_parts(mine, tokenizer, num_workers, done)
+        else:
+            there = shared.share(
+                own, tokenizer, corpus, lambda few: build_parts(few, tokenizer, num_workers, done), 2 * num_workers
+            )
+    reports = [finished(job) for job in jobs]
     missing = reports.count(None)
     if missing:
-        log(f'data: piece {piece[0]}/{piece[1]} is done; {missing} of {len(parts)} parts are missing in {folder}')
+        log(f'data: piece {piece[0]}/{piece[1]} is done; {missing} of {len(parts)} parts are missing in {shared.name}')
         return False
     content = write_manifest(folder, corpus, tokenizer, reports)
+    shared.publish_manifest()
     _log_counts(corpus, content, time.perf_counter() - start, log)
     return True
 

@@ -418,11 +418,12 @@ def open_shards(
         log(f'data: verifying {len(changed)} shards that were copied or changed, {size / 1e6:.1f} MB')
         for info, _ in changed.values():
             verify_shard(info)
-        _remember(folder, remembered | {name: mtime_ns for name, (_, mtime_ns) in changed.items()})
+        remember(folder, remembered | {name: mtime_ns for name, (_, mtime_ns) in changed.items()})
     return shards
 
 
-def _remember(folder: pathlib.Path, verified: dict[str, int]) -> None:
+def remember(folder: pathlib.Path, verified: dict[str, int]) -> None:
+    """Notes shards that were verified, by their name and time of change, in `verified.json`."""
     try:
         with replacing(folder / VERIFIED) as file:
             file.write(json.dumps(verified).encode())

@@ -128,13 +128,14 @@ def full_attention(
 
     Where time is split over devices each has the probabilities of its own queries, and all keys and values.
     """
-    k_BNTK, v_BNTK = (constrain(y_BNTK, 'batch', 'heads', None, 'head_dim') for y_BNTK in (k_BNTK, v_BNTK))
+    whole = {'called': 'keys and values of attention with dropout, each'}
+    k_BNTK, v_BNTK = (constrain(y_BNTK, 'batch', 'heads', None, 'head_dim', **whole) for y_BNTK in (k_BNTK, v_BNTK))
     order_1T = jnp.arange(q_BNTK.shape[2])[None]
     mask_BTS = visible(order_1T, order_1T, band)
     if documents_BT is not None:
         mask_BTS = mask_BTS & (documents_BT[:, :, None] == documents_BT[:, None, :])
     weights_BNTS = drop(attention_weights(q_BNTK, k_BNTK, mask_BTS, scale))
-    weights_BNTS = constrain(weights_BNTS, 'batch', 'heads', 'time', None)
+    weights_BNTS = constrain(weights_BNTS, 'batch', 'heads', 'time', None, called='attention probabilities')
     return jnp.einsum('BNTS,BNSK->BNTK', weights_BNTS.astype(q_BNTK.dtype), v_BNTK)
 
 

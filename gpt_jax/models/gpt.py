@@ -100,7 +100,8 @@ class CausalSelfAttention(nn.Module):
         qkv = Dense((c.d_model, 3, c.n_head, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype, name='qkv')
         qkv_BTCNK = checkpoint_name(qkv(x_BTD), QKV_NAME)
         q_BNTK, k_BNTK, v_BNTK = (
-            constrain(y_BNTK, 'batch', 'heads', 'time', 'head_dim') for y_BNTK in qkv_BTCNK.transpose(2, 0, 3, 1, 4)
+            constrain(y_BNTK, 'batch', 'heads', 'time', 'head_dim', called='query, key and value, each')
+            for y_BNTK in qkv_BTCNK.transpose(2, 0, 3, 1, 4)
         )
         if c.scale_attn_by_inverse_layer_idx:
             # Of the queries, as in a scan the layer is not known when the program is made, and kernels take a number.
@@ -167,7 +168,7 @@ class MLP(nn.Module):
         c = self.config
         residual_std = INIT_STD / math.sqrt(2 * c.n_layer)  # GPT-2, section 2.3
         x_BTF = checkpoint_name(Dense((c.d_model, c.d_mlp), dtype=c.dtype, name='up')(x_BTD), MLP_NAME)
-        x_BTF = constrain(ACTIVATIONS[c.activation](x_BTF), 'batch', 'time', 'mlp')
+        x_BTF = constrain(ACTIVATIONS[c.activation](x_BTF), 'batch', 'time', 'mlp', called='inside of the MLP')
         x_BTD = Dense((c.d_mlp, c.d_model), std=residual_std, dtype=c.dtype, name='down')(x_BTF)
         return Dropout(c.mlp_dropout)(x_BTD, info.rows_B)
 
@@ -195,10 +196,10 @@ class Block(nn.Module):
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_1')(x_BTD)
         attend = CausalSelfAttention(c, self.band, name='attention')
         h_BTD, layer_cache = attend(h_BTD, info, layer, layer_cache, cache_slots)
-        x_BTD = constrain(x_BTD + h_BTD, 'batch', 'time', 'embed')
+        x_BTD = constrain(x_BTD + h_BTD, 'batch', 'time', 'embed', called='residual stream')
         h_BTD = LayerNorm(c.layer_norm_epsilon, c.dtype, name='ln_2')(x_BTD)
         h_BTD = MLP(c, name='mlp')(h_BTD, info)
-        return constrain(x_BTD + h_BTD, 'batch', 'time', 'embed'), layer_cache
+        return constrain(x_BTD + h_BTD, 'batch', 'time', 'embed', called='residual stream'), layer_cache
 
 
 def run_layers(config: GPTConfig, block: Callable, blocks: Params | tuple[Params, ...], x_BTD: jax.Array) -> jax.Array:
@@ -410,12 +411,15 @@ class GPT(nn.Module):
             raise ValueError('apply with a cache needs positions=: int [batch, time]')
         if info.documents_BT is not None:
             # Whole rows on every device, for each layer to take what it needs of them.
-            info = info.replace(documents_BT=constrain(info.documents_BT, 'batch', None))
+            info = info.replace(
+                documents_BT=constrain(info.documents_BT, 'batch', None, called='documents, in attention')
+            )
         # Without a loss there is no gradient to reduce: the compiler looks tokens up in the parts of a split table.
         token_embedding = self.wte[tokens_BT].astype(c.dtype) if table is None else embed_tokens(table, tokens_BT)
         positions_BT = None if positions_BT is None else jnp.maximum(positions_BT, 0)
         x_BTD = add_positions(token_embedding, self.wpe, positions_BT)
-        x_BTD = self.embedding_dropout(constrain(x_BTD, 'batch', 'time', 'embed'), info.rows_B)
+        x_BTD = constrain(x_BTD, 'batch', 'time', 'embed', called='residual stream')
+        x_BTD = self.embedding_dropout(x_BTD, info.rows_B)
         dropout_key = self.make_rng('dropout') if self.has_rng('dropout') else None
         if cache is None:
             return self.ln_f(run_layers(c, self._block(info, dropout_key), self.blocks, x_BTD)), None

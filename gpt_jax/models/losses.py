@@ -23,7 +23,7 @@ def masked_logits(x_BTD: jax.Array, head_VD: jax.Array, vocab_size: int, start: 
     """
     head_VD = head_VD.astype(x_BTD.dtype)
     logits_BTV = matmul_transposed(x_BTD, head_VD, jnp.float32)
-    logits_BTV = constrain(logits_BTV, 'batch', None, 'vocab')
+    logits_BTV = constrain(logits_BTV, 'batch', None, 'vocab', called='logits, a chunk at a time')
     if isinstance(start, int) and start + head_VD.shape[0] <= vocab_size:
         return logits_BTV
     return jnp.where(start + jnp.arange(head_VD.shape[0]) < vocab_size, logits_BTV, -jnp.inf)

@@ -3,16 +3,19 @@
 from gpt_jax.config import MeshConfig
 from gpt_jax.parallel.mesh import (
     AXES,
+    Activation,
     activate,
     axis_sizes,
     can_split,
     constrain,
     current_mesh,
+    logical_spec,
     make_abstract_mesh,
     make_mesh,
     on_one_device,
     parse_mesh,
     per_device,
+    recorded_activations,
     split_axes,
     splits,
     target_device,
@@ -28,6 +31,7 @@ from gpt_jax.parallel.sharding import (
 
 __all__ = [
     'AXES',
+    'Activation',
     'MeshConfig',
     'activate',
     'axis_sizes',
@@ -36,6 +40,7 @@ __all__ = [
     'constrain',
     'current_mesh',
     'global_batch',
+    'logical_spec',
     'make_abstract_mesh',
     'make_mesh',
     'on_one_device',
@@ -43,6 +48,7 @@ __all__ = [
     'parse_mesh',
     'path_name',
     'per_device',
+    'recorded_activations',
     'replicated',
     'split_axes',
     'splits',

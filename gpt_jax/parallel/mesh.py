@@ -37,6 +37,26 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 _active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar('gpt_jax_mesh', default=None)
 _inside_per_device: contextvars.ContextVar[bool] = contextvars.ContextVar('gpt_jax_per_device', default=False)
+_recorded: contextvars.ContextVar[list['Activation'] | None] = contextvars.ContextVar('gpt_jax_recorded', default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An array that `constrain` was asked about: what it is called, its logical names, and its parts.
+
+    Attributes:
+      called: what it is, or ''.
+      names: the logical name of each dimension.
+      shape: of the whole array.
+      local_shape: of one device's part.
+      dtype: of its numbers.
+    """
+
+    called: str
+    names: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    dtype: Any
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -200,8 +220,32 @@ def logical_spec(*names: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if name is None else LOGICAL_AXES[name] for name in names))
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+@contextlib.contextmanager
+def recorded_activations() -> Iterator[list[Activation]]:
+    """A list of what `constrain` is asked about while code is traced inside, each once."""
+    found: list[Activation] = []
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
+def _record(x: jax.Array, names: tuple[str | None, ...], called: str) -> None:
+    split = [math.prod(current_mesh().shape[axis] for axis in _axes(name)) for name in names]
+    if _inside_per_device.get():  # it is a part already
+        shape, local = tuple(size * by for size, by in zip(x.shape, split, strict=True)), x.shape
+    else:
+        shape, local = x.shape, tuple(-(-size // by) for size, by in zip(x.shape, split, strict=True))
+    activation = Activation(called, names, shape, local, x.dtype)
+    if activation not in _recorded.get():
+        _recorded.get().append(activation)
+
+
+def constrain(x: jax.Array, *names: str | None, called: str = '') -> jax.Array:
     """`x` with its dimensions laid along the mesh as their logical `names` say; unchanged without a mesh.
+
+    `called` says what it is, for a table of all of them (`recorded_activations`).
 
     Raises:
       KeyError: a name is unknown (an unknown name that replicated silently would cost memory unseen).
@@ -210,4 +254,6 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     spec = logical_spec(*names)
     if len(names) != x.ndim:
         raise ValueError(f'{len(names)} names {names} for an array of shape {x.shape}')
+    if _recorded.get() is not None and current_mesh() is not None:
+        _record(x, names, called)
     return x if on_one_device() else jax.lax.with_sharding_constraint(x, NamedSharding(current_mesh(), spec))

@@ -90,14 +90,16 @@ class StepTime:
 def step_time(placement: Placement, device: Device, torus: Sequence[int] = ()) -> StepTime:
     """What a step takes on devices of which bandwidths are known, see `parallel.devices`; `torus` is of TPUs."""
     config, mesh, steps = placement.config, placement.mesh, placement.accumulation_steps
+    # Of all policies the counts are the same, and are made once.
+    counted = dataclasses.replace(config, remat='none')
     itemsize = BF16 if config.compute_dtype != 'f32' else F32
     tokens = placement.batch_size * config.block_size / placement.split / mesh.context  # of a device, in a step
     d, layers = config.d_model, config.n_layer
     again = MADE_AGAIN[config.remat]
     per_device = tokens / mesh.tensor
-    products = per_device * causal_flops_per_token(config) * (1 + again) / (device.peak_flops * PRODUCT_SHARE)
+    products = per_device * causal_flops_per_token(counted) * (1 + again) / (device.peak_flops * PRODUCT_SHARE)
 
-    weights = config.num_parameters / mesh.tensor  # that a device computes with
+    weights = counted.num_parameters / mesh.tensor  # that a device computes with
     numbers = TRAFFIC_WHOLE + TRAFFIC_SPLIT / mesh.tensor + (TRAFFIC_STACKS if config.remat == 'none' else 0)
     traffic = tokens * layers * d * itemsize * numbers * (1 + again)
     traffic += 3 * per_device * config.padded_vocab_size * F32  # logits and their gradients
@@ -126,5 +128,5 @@ def step_time(placement: Placement, device: Device, torus: Sequence[int] = ()) -
     rounds = 4 + {'none': 0, 'dots': 0, 'names': 1, 'full': 1}[config.remat]
     waiting = send('tensor', 2 * rounds * layers * tokens * d * itemsize)
     seconds = StepTime(products, memory, beside, waiting, 0.0).total
-    work = placement.batch_size * config.block_size * training_flops_per_token(config) / placement.devices
+    work = placement.batch_size * config.block_size * training_flops_per_token(counted) / placement.devices
     return StepTime(products, memory, beside, waiting, work / seconds / device.peak_flops)

@@ -270,7 +270,7 @@ def _layer_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize:
     # The gradients of GELU's output and input, the output itself, and the up projection.
     mlp = {'none': 2, 'full': 4}.get(config.remat, 3) * f
     # The gradients of attention's output, of q, k and v in float32, and of these joined.
-    blocks = max(_block_bytes(config, tokens, itemsize, config.band(layer)) for layer in (0, 1))
+    blocks = max(_block_bytes(config, mesh.context, tokens, itemsize, config.band(layer)) for layer in (0, 1))
     attention = 4 * d + 3 * config.d_model * F32 + blocks
     weights = _layer_parameters(config) * itemsize  # cut out of the stack, gathered or converted
     if mesh.fsdp > 1:
@@ -278,22 +278,27 @@ def _layer_working(config: GPTConfig, mesh: MeshConfig, tokens: float, itemsize:
     return weights / mesh.tensor + tokens * (d + remade + max(mlp, attention) / mesh.tensor)  # d: that of the output
 
 
-def _block_bytes(config: GPTConfig, tokens: float, itemsize: int, band: int | None) -> float:
+def _block_bytes(config: GPTConfig, context: int, tokens: float, itemsize: int, band: int | None) -> float:
     """Bytes for each token that attention's backward pass holds of the blocks it works on; see models/attention.py.
 
     Float32 scores, probabilities and the gradients of either. In a banded layer also a copy of the window of keys and
-    of values that each block sees, and their gradients.
+    of values that each block sees, and their gradients. Where time is split, the keys and values that visit and
+    those that are sent on, the float32 gradients of either, and in dense layers two pairs of halves at a time.
     """
-    time, copies = config.block_size, 0.0
+    time, copies = config.block_size / context, 0.0
+    if context > 1:
+        copies = 2 * 2 * config.d_model * (itemsize + F32)
     if config.attention_dropout > 0:
-        scores = time  # for each token and head: all of them at once
-    elif band is None or band >= time:
+        scores = config.block_size  # for each token and head: all of them at once
+    elif (band is None or band >= config.block_size) and context > 1:
+        scores = min(time / 2, max(QUERY_BLOCK, time / 2 / MAX_BLOCKS))
+    elif band is None or band >= config.block_size:
         scores = min(time, max(QUERY_BLOCK, time / MAX_BLOCKS))
     else:
         size = min(QUERY_BLOCK, band)
         window = size * (1 + math.ceil((band - 1) / size))
         scores = min(window, max(SCORE_ELEMENTS / (tokens * config.n_head), size * window / time))
-        copies = 2 * config.d_model * (itemsize + F32) * scores / size
+        copies += 2 * config.d_model * (itemsize + F32) * scores / size
     return 3 * config.n_head * scores * F32 + copies
 
 

@@ -136,6 +136,8 @@ def read_program(text: str, device: Device | None, devices: int, torus: Sequence
                 chained.add(key)
             group = _first_group(instruction.attributes, devices)
             size = sum(_bytes(shapes.get(name, '')) for name in instruction.operands)
+            if kind == 'all-reduce' and _is_cut(instruction, computations[inside]):
+                kind = 'reduce-scatter'
             whole, sent = _volume(kind, size, len(group))
             per_host = device.per_host if is_gpu else devices
             hosts = len({member // per_host for member in group})
@@ -221,12 +223,17 @@ def _executed(
                         yield one, inside, count, known
 
 
+def _is_cut(instruction: Instruction, computation: list[Instruction]) -> bool:
+    """Whether an all-reduce is a reduce-scatter as the TPU compiler writes it: its kernel keeps a part of it alone."""
+    return any(one.is_root and one.opcode == 'dynamic-slice' for one in computation if instruction.name in one.operands)
+
+
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
     """How often a loop turns: as the compiler tells, or by the one number that its condition compares with."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = [one for name in loop.called('condition') for one in computations.get(name, ())]
-    limits = [one for one in condition if one.opcode == 'constant' and re.match(r's(32|64)\[\]', one.shape)]
+    limits = [one for one in condition if one.opcode == 'constant' and re.match(r'[su](32|64)\[\]', one.shape)]
     return int(limits[0].attributes.strip('()')) if len(limits) == 1 else None
 
 
@@ -310,25 +317,23 @@ def _first_group(attributes: str, devices: int) -> list[int]:
         return [int(pairs[1]), int(pairs[2])]
     if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
         return [int(member) for member in listed[1].split(',')]
-    iota = r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'  # [groups,size]<=[dims]T(order)
-    if found := re.search(rf'replica_groups={iota}', attributes):
-        return _iota(*found.groups())[0].tolist()
-    found = re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\]\S*?)\))? \{([^}]*)\}', attributes)
-    if found:
-        names = re.findall(r"'(\w+)'=(\d+)", found[1])
-        sizes = [int(size) for _, size in names]
-        order = re.fullmatch(iota, found[2] or '')
-        ids = _iota(*order.groups()) if order else np.arange(math.prod(sizes))
-        chosen = re.findall(r"'(\w+)'", found[3])
-        index = tuple(slice(None) if name in chosen else 0 for name, _ in names)
+    if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
+        return _iota(found[2], found[3]).reshape(_list(found[1]))[0].tolist()
+    mesh = r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}'
+    if found := re.search(mesh, attributes):
+        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
+        sizes = [int(size) for _, size in axes]
+        ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes))
+        chosen = re.findall(r"'(\w+)'", found[4])
+        index = tuple(slice(None) if name in chosen else 0 for name, _ in axes)
         return ids.reshape(sizes)[index].reshape(-1).tolist()
     return list(range(devices))
 
 
-def _iota(shape: str, dims: str, order: str | None) -> np.ndarray:
-    """XLA's short form of a list of devices: counted up over `dims`, transposed to `order`, in rows of `shape`."""
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """XLA's short form of a list of devices: counted up over `dims`, which are then transposed to `order`."""
     ids = np.arange(math.prod(_list(dims))).reshape(_list(dims))
-    return ids.transpose(_list(order) if order else range(ids.ndim)).reshape(_list(shape))
+    return ids.transpose(_list(order) if order else range(ids.ndim))
 
 
 def _list(text: str) -> list[int]:

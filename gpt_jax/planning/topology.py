@@ -44,7 +44,7 @@ dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
 device_description_str: "{kind}"
 """
 # Of NVIDIA's data sheets and architecture papers of the A100, H100, H200 and B200 (SXM), and of CUDA's table of compute
-# capabilities; `kind` is what jax calls the device, `memory` what the driver reports of it.
+# capabilities; `kind` is what jax calls the device, `memory` about what the driver reports.
 _AMPERE = {'shared': 166912, 'shared_of_core': 167936, 'cores': 108, 'units': 64, 'clock': 1.41, 'major': 8}
 _HOPPER = {'shared': 232448, 'shared_of_core': 233472, 'cores': 132, 'units': 128, 'clock': 1.98, 'major': 9}
 _BLACKWELL = _HOPPER | {'cores': 148, 'clock': 1.965, 'major': 10}
@@ -104,9 +104,9 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     if compiler == 'tpu':
         return _tpu_devices(name)
     kind, _, counts = name.partition(':')
-    if not re.fullmatch(r'[1-9]\d{0,8}(x[1-9]\d{0,8})?', counts) or (compiler == 'cpu' and 'x' in counts):
+    if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)?', counts) or (compiler == 'cpu' and 'x' in counts):
         raise InputError(f'--topology={printable(name, 60)} is not a kind and a number of devices, such as {EXAMPLES}')
-    if math.prod(int(count) for count in counts.split('x')) > MOST_DEVICES:
+    if math.prod(int(count[:9]) for count in counts.split('x')) > MOST_DEVICES:
         raise InputError(f'--topology={printable(name, 60)}: at most {MOST_DEVICES:,} devices can be compiled for here')
     if compiler == 'gpu':
         return _gpu_devices(kind, counts)
@@ -188,9 +188,11 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
         raise InputError("--topology needs libtpu, the TPU compiler: pip install -e '.[tpu-aot]'")
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    # A v4 chip is two cores, which jax runs as one device unless told otherwise; it names v5p's chips so by itself.
+    settings = {'chip_config_name': 'megacore'} if name.startswith('v4:') else {}
     try:
         with quiet():
-            return topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+            return topologies.get_topology_desc(platform='tpu', topology_name=name, **settings).devices
     except Exception as error:  # libtpu has no type of its own for a bad name
         reason = str(error).split('\n')[0].removeprefix('INVALID_ARGUMENT: ')
         raise InputError(f'--topology={name} is not one of the TPU compiler (such as {EXAMPLES}): {reason}') from None

@@ -14,8 +14,10 @@ import pathlib
 import re
 import shutil
 import sys
+import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +25,7 @@ import jax
 from tqdm import tqdm
 
 from gpt_jax.errors import first_line
-from gpt_jax.files import appending, read_bytes, replacing
+from gpt_jax.files import appending, is_address, read_bytes, replacing
 from gpt_jax.models import GPTConfig
 from gpt_jax.models.config import training_flops_per_token
 from gpt_jax.parallel.devices import DEVICES
@@ -171,9 +173,13 @@ def _lines(path: pathlib.Path) -> list[bytes]:
 
 def _keep_aside(path: pathlib.Path) -> None:
     """Gives the log of a run without a checkpoint, which begins anew, another name: it may be all that is left."""
-    numbers = itertools.count(1)
-    aside = next(a for n in numbers if not os.path.lexists(a := path.with_name(f'{path.stem}-before-{n}{path.suffix}')))
-    os.rename(path, aside)
+    names = (path.with_name(f'{path.stem}-before-{number}{path.suffix}') for number in itertools.count(1))
+    if is_address(path):
+        from gpt_jax import storage
+
+        storage.move(path, aside := next(name for name in names if not name.exists()))
+    else:
+        os.rename(path, aside := next(name for name in names if not os.path.lexists(name)))
     complain(f'{path}: there is no checkpoint that it goes with, so it is kept as {aside.name}')
 
 
@@ -189,6 +195,47 @@ def _row(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError, OverflowError):
         pass
     return None
+
+
+class _Spool:
+    """What a run adds to: the file or folder itself, or a local copy of what is on object storage.
+
+    Nothing can be added to an object. So the copy is uploaded as a whole, when what is in it should last: before a
+    checkpoint is saved, after an evaluation, and at the end. Where that fails it is said once, and the next upload has
+    all of it.
+
+    Attributes:
+      path: to write to; local.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._address = path if is_address(path) else None
+        self.path = path
+        if self._address is not None:
+            place = tempfile.mkdtemp(prefix='gpt_jax-')
+            weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            self.path = pathlib.Path(place, path.name)
+        self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
+        self._failed = False
+
+    def upload(self) -> None:
+        """Makes the object, or those of a folder, what the copy is; what has not changed is left out."""
+        if self._address is None:
+            return
+        from gpt_jax import storage
+
+        for path in sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]:
+            try:
+                status = path.stat()
+                version = status.st_size, status.st_mtime_ns
+                if self._uploaded.get(path) != version:
+                    storage.upload(path, self._address if path == self.path else self._address / path.name)
+                    self._uploaded[path] = version
+                self._failed = False
+            except OSError as error:
+                if not self._failed:
+                    complain(f'{self._address} cannot be written ({error.strerror}); it waits until it can')
+                self._failed = True
 
 
 class MetricsLog:
@@ -212,9 +259,11 @@ class MetricsLog:
         rows = [row for row in found if row['step'] <= last_step]
         if damaged:
             complain(f'{self.path}: {damaged} damaged line(s) left out, {len(rows)} row(s) kept')
-        with replacing(self.path) as file:
-            file.write(b''.join(map(_encoded, rows)))
-        self._file = appending(self.path)
+        self._spool = _Spool(self.path)
+        for path in dict.fromkeys((self.path, self._spool.path)):
+            with replacing(path) as file:
+                file.write(b''.join(map(_encoded, rows)))
+        self._file = appending(self._spool.path)
         self._waiting = b''
         self._failed = False
         self._tensorboard: _TensorBoard | None = None
@@ -233,15 +282,18 @@ class MetricsLog:
         self._to_tensorboard(row)
         if 'val_loss' in row:
             self.evaluated.add(row['step'])
+            self._spool.upload()
 
     def sync(self) -> None:
         """Makes sure that all rows are on disk: before the checkpoint that they lead up to."""
         self._write_waiting()
         with surviving(str(self.path)):
             os.fsync(self._file.fileno())
+        self._spool.upload()
         if self._tensorboard is not None:
             with surviving('tensorboard'):
                 self._tensorboard.flush()
+                self._tensorboard.upload()
 
     def close(self) -> None:
         """Writes out what is left."""
@@ -250,6 +302,7 @@ class MetricsLog:
             complain(f'{self.path}: the last {self._waiting.count(bytes([10]))} row(s) could not be written')
         with surviving(str(self.path)):
             self._file.close()
+        self._spool.upload()
         if self._tensorboard is not None:
             with surviving('tensorboard'):
                 self._tensorboard.close()
@@ -288,10 +341,14 @@ class _TensorBoard:
     def __init__(self, folder: pathlib.Path, keep: bool):
         if folder.is_symlink() or folder.is_file():
             folder.unlink()  # what a link leads to is not the run's to remove or to fill
+        elif is_address(folder):
+            if not keep:
+                folder.rmtree()
         elif not keep:
             shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / 'events'))
+        self._spool = _Spool(folder)
+        self._spool.path.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(self._spool.path / 'events'))
         self._flushed = time.monotonic()
 
     def write(self, row: dict[str, Any]) -> None:
@@ -307,8 +364,12 @@ class _TensorBoard:
         self._writer.flush()
         self._flushed = time.monotonic()
 
+    def upload(self) -> None:
+        self._spool.upload()
+
     def close(self) -> None:
         self._writer.close()
+        self._spool.upload()
 
 
 # A line of samples.txt: the heading of a block; the name of a preview, or a line of its text.
@@ -339,9 +400,12 @@ class SampleLog:
         if damaged:
             complain(f'{self._path}: {damaged} damaged block(s) left out, {len(kept)} kept')
         text = b''.join(text for _, text in kept)
+        self._spool = _Spool(self._path)
         if text != b''.join(lines) or self._path.is_symlink():
             with replacing(self._path) as file:
                 file.write(text)
+        if self._spool.path != self._path:
+            self._spool.path.write_bytes(text)
 
     def write(self, step: int, previews: dict[str, Any]) -> None:
         """Adds the named previews of `step`."""
@@ -349,8 +413,9 @@ class SampleLog:
         for name, text in previews.items():
             lines.append(f'  {name}:')
             lines += [f'    | {line}' for line in str(text).splitlines()]
-        with appending(self._path) as file:
+        with appending(self._spool.path) as file:
             file.write(('\n'.join(lines) + '\n').encode('utf-8', 'replace'))
+        self._spool.upload()
         self.steps.add(step)
 
 

@@ -323,3 +323,14 @@ def model_config(run: RunConfig, vocab_size: int) -> GPTConfig:
             'leave it unset'
         )
     return GPTConfig(**settings, compute_dtype=run.precision.compute)
+
+
+def planned_model(run: RunConfig) -> GPTConfig:
+    """The architecture before the data are known: where these decide on the vocabulary, what the config asks for.
+
+    A run trains a tokenizer of at most `data.vocab_size` tokens, or takes GPT-2's. Only the data tell how many
+    characters there are: 256 stand for them.
+    """
+    sizes = {'bpe': run.data.vocab_size, 'char': 256}
+    gpt2 = PRESETS['gpt2-small'].vocab_size
+    return model_config(run, run.model.vocab_size or sizes.get(run.data.tokenizer, gpt2))

@@ -290,7 +290,10 @@ def _gradients(
 
     def accumulate(carry, micro_batch):
         loss, gradients, finite, loss_scale = carry
-        micro_batch = {name: constrain(array, *('batch', 'time')[: array.ndim]) for name, array in micro_batch.items()}
+        micro_batch = {
+            name: constrain(array, *('batch', 'time')[: array.ndim], called=f'{name} of a micro-batch')
+            for name, array in micro_batch.items()
+        }
         more = value_and_grad(loss_scale, micro_batch, key)
         gradients = jax.tree.map(jnp.add, gradients, more[1])
         return (loss + more[0], gradients, finite & more[2], more[3]), None

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import jax
@@ -17,7 +17,10 @@ from jax.experimental import multihost_utils
 
 from gpt_jax.config import RunConfig, as_record, differing_keys
 from gpt_jax.errors import InputError
-from gpt_jax.files import check_local, read_json, remove_leftovers, replacing
+from gpt_jax.files import as_path, is_address, read_json, remove_leftovers, replacing
+
+if TYPE_CHECKING:
+    from gpt_jax.storage import Address
 
 HEARTBEAT_SECONDS = 10
 # A holder on another host whose heartbeat is older than this is taken for dead. Six beats: storage that many hosts
@@ -71,6 +74,9 @@ def locked(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     several hosts do not see each other's locks. A dead holder's place is taken at once on the same host, and after
     `STALE_SECONDS` without a heartbeat on another. Both files are gone afterwards, and so is a folder left empty.
 
+    Object storage has no such locks. There `.holder.json` is all, and who writes it does so only where it is still the
+    one that was read: of two that want a dead holder's place one gets it.
+
     Of several processes the first holds the lock for all, which call this together.
 
     Yields:
@@ -82,7 +88,7 @@ def locked(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     workdir = _as_path(workdir)
     lock, refusal = None, None
     if jax.process_index() == 0:
-        lock = _Lock(workdir)
+        lock = _ObjectLock(workdir) if is_address(workdir) else _Lock(workdir)
         try:
             lock.acquire()
         except InputError as error:
@@ -102,8 +108,15 @@ def locked(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def _as_path(workdir: str | os.PathLike) -> pathlib.Path:
-    """Raises InputError where that is no path of this machine, or none that libraries can be given."""
-    check_local(workdir, f'--workdir={workdir}')
+    """Raises InputError where that is no path, or none that libraries can be given."""
+    given = as_path(workdir, f'--workdir={workdir}')
+    if is_address(given):
+        if given.scheme != 'gs':
+            raise InputError(
+                f'--workdir={workdir}: orbax writes checkpoints to folders and to gs:// alone; mount the bucket, and '
+                'name that folder'
+            )
+        return given
     try:
         os.fspath(workdir).encode()
         path = pathlib.Path(workdir).expanduser()
@@ -195,22 +208,14 @@ class _Lock:
                     self._write()
 
     def _write(self) -> None:
-        record = {
-            'host': socket.gethostname(),
-            'pid': os.getpid(),
-            'started': _start_time(os.getpid()),
-            'time': time.time(),
-        }
         with replacing(self._holder) as file:
-            file.write(json.dumps(record).encode())
+            file.write(json.dumps(_record()).encode())
 
     def _read(self) -> dict[str, Any] | None:
         """Who holds the lock; None where nobody does, or the file is not one of ours."""
         try:
-            holder = read_json(self._holder)
-            whole = {'host': str, 'pid': int, 'time': float, 'started': int | None}
-            return holder if all(isinstance(holder[name], kind) for name, kind in whole.items()) else None
-        except (InputError, TypeError, KeyError):
+            return _holder(read_json(self._holder))
+        except InputError:
             return None
 
     def _is_ours(self) -> bool:
@@ -218,20 +223,121 @@ class _Lock:
         return holder is not None and (holder['host'], holder['pid']) == (socket.gethostname(), os.getpid())
 
     def _refusal(self, holder: dict[str, Any] | None) -> InputError:
-        way_out = 'wait for its end or stop it, or choose another --workdir'
-        if holder is None:
-            return InputError(f'--workdir={self._workdir}: another run is starting in it; {way_out}')
-        if holder['host'] != socket.gethostname():
-            age = max(0, time.time() - holder['time'])
-            way_out += f'; its last heartbeat is {age:.0f} s old, and at {STALE_SECONDS} s it counts as dead'
-        return InputError(
-            f'--workdir={self._workdir}: another run is writing to it, process {holder["pid"]} on host '
-            f'{holder["host"]}; {way_out}'
-        )
+        return _refused(self._workdir, holder)
+
+
+class _ObjectLock:
+    """The lock of a workdir on object storage: one object, and the thread that shows its holder alive."""
+
+    def __init__(self, workdir: 'Address'):
+        self._workdir = workdir
+        self._holder = workdir / '.holder.json'
+        self._mine: bytes | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name='heartbeat', daemon=True)
+
+    def acquire(self) -> None:
+        """Raises InputError where another one holds the lock, or the bucket cannot be reached or written to."""
+        from gpt_jax import storage
+
+        storage.check_reachable(self._workdir, f'--workdir={self._workdir}')
+        try:
+            found = storage.get_version(self._holder)
+            if found is not None and (holder := self._parsed(found[0])) is not None and _alive(holder):
+                raise _refused(self._workdir, holder)
+            if not self._put(None if found is None else found[1]):
+                raise _refused(self._workdir, None)
+        except storage.StorageError as error:
+            raise InputError(
+                f'--workdir={self._workdir} cannot be written to ({error.strerror}); name another folder, or get the '
+                'right to write there'
+            ) from None
+        self._thread.start()
+
+    def release(self) -> None:
+        """Takes the object away, unless another run has taken this one for dead and its place."""
+        from gpt_jax import storage
+
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(storage.StorageError):  # else it counts as dead after STALE_SECONDS
+            found = storage.get_version(self._holder)
+            if found is not None and found[0] == self._mine:
+                self._holder.unlink(missing_ok=True)
+
+    def _put(self, version: str | None) -> bool:
+        from gpt_jax import storage
+
+        data = json.dumps(_record()).encode()
+        done = storage.put_if(self._holder, data, version)
+        self._mine = data if done else self._mine
+        return done
+
+    def _beat(self) -> None:
+        from gpt_jax import storage
+
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            # As in `_Lock`: the next one may come through, and a place that another one took is not taken back.
+            with contextlib.suppress(storage.StorageError):
+                found = storage.get_version(self._holder)
+                if found is not None and found[0] == self._mine:
+                    self._put(found[1])
+
+    def _parsed(self, data: bytes) -> dict[str, Any] | None:
+        try:
+            return _holder(json.loads(data))
+        except ValueError:
+            return None
+
+
+def _record() -> dict[str, Any]:
+    """What this process writes of itself as a holder."""
+    return {
+        'host': socket.gethostname(),
+        'pid': os.getpid(),
+        'started': _start_time(os.getpid()),
+        'time': time.time(),
+        'system': _system(),
+    }
+
+
+def _system() -> str:
+    """Of which a process has its number: containers may have one host's name, and each a process 1."""
+    with contextlib.suppress(OSError):
+        boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
+        return f'{boot} {os.readlink("/proc/self/ns/pid")}'
+    return ''
+
+
+def _holder(document: Any) -> dict[str, Any] | None:
+    """A record as `_record` or an older gpt_jax made it; None for anything else."""
+    try:
+        whole = {'host': str, 'pid': int, 'time': float, 'started': int | None}
+        return document if all(isinstance(document[name], kind) for name, kind in whole.items()) else None
+    except (TypeError, KeyError):
+        return None
+
+
+def _refused(workdir: pathlib.Path, holder: dict[str, Any] | None) -> InputError:
+    way_out = 'wait for its end or stop it, or choose another --workdir'
+    if holder is None:
+        return InputError(f'--workdir={workdir}: another run is starting in it; {way_out}')
+    if not _is_here(holder):
+        age = max(0, time.time() - holder['time'])
+        way_out += f'; its last heartbeat is {age:.0f} s old, and at {STALE_SECONDS} s it counts as dead'
+    return InputError(
+        f'--workdir={workdir}: another run is writing to it, process {holder["pid"]} on host {holder["host"]}; '
+        f'{way_out}'
+    )
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether its process, if it lives, is one that this one can see."""
+    return holder['host'] == socket.gethostname() and holder.get('system', _system()) == _system()
 
 
 def _alive(holder: dict[str, Any]) -> bool:
-    if holder['host'] != socket.gethostname():
+    if not _is_here(holder):
         # One from the future is of no clock that this one agrees with: it would hold the folder for ever.
         return abs(time.time() - holder['time']) < STALE_SECONDS
     try:

@@ -116,7 +116,7 @@ def test_load_places_the_params_where_sharding_says(run):
         assert load(run).params['b'].devices() == {jax.devices()[-1]}
 
 
-@pytest.mark.parametrize('address', ['gs://bucket/run', 's3://bucket/run', 'hf://user/model', 'file:///tmp/run'])
+@pytest.mark.parametrize('address', ['az://bucket/run', 'https://bucket/run', 'hf://user/model', 'file:///tmp/run'])
 def test_an_address_is_refused_by_its_scheme(address):
     with pytest.raises(InputError, match=f'{address}: {address.split(":")[0]}: is no place on this machine'):
         resolve(address)

@@ -53,7 +53,7 @@ def short_grace(monkeypatch):
     monkeypatch.setattr(rendezvous, '_GRACE_SECONDS', 0.5)
 
 
-def meet_all(*places, seconds=1.0):
+def meet_all(*places, seconds=0.5):
     """What each is told: None, or the error."""
 
     def one(place):
@@ -131,27 +131,27 @@ def test_those_that_came_are_told_who_is_missing(coordinator):
     told = meet_all(*[Place(coordinator, 4, number) for number in (0, 2)])
     assert told[0] == told[1]
     assert told[0] == (
-        f'processes 1 and 3 of 4 did not come within 1 s (processes 0 and 2 came, from {socket.gethostname()}); start '
+        f'processes 1 and 3 of 4 did not come within 0.5 s (processes 0 and 2 came, from {socket.gethostname()}); start '
         'all with the same command, or give those that start slowly more time with --connect_seconds'
     )
 
 
 def test_who_is_missing_is_said_while_there_is_time(coordinator, capfd):
     meet_all(Place(coordinator, 2, 0))
-    assert 'waiting up to 1 s for process 1\n' in capfd.readouterr().err
+    assert 'waiting up to 0.5 s for process 1\n' in capfd.readouterr().err
 
 
 def test_where_process_0_is_missing_the_others_say_so(coordinator, capfd):
     (told,) = meet_all(Place(coordinator, 2, 1))
-    assert told.startswith(f'--coordinator={coordinator}: process 0 did not answer within 1 s (Connection refused)')
-    assert f'waiting up to 1 s for process 0 at {coordinator}' in capfd.readouterr().err
+    assert told.startswith(f'--coordinator={coordinator}: process 0 did not answer within 0.5 s (Connection refused)')
+    assert f'waiting up to 0.5 s for process 0 at {coordinator}' in capfd.readouterr().err
 
 
 def test_a_host_without_a_name_yet_is_waited_for(launched, capfd):
     launched({})  # a pod's name is known when the pod is there
     (told,) = meet_all(find('worker-0.run.invalid:1234', 2, 1))
-    assert 'process 0 did not answer within 1 s' in told
-    assert capfd.readouterr().err.count('waiting up to 1 s') == 1
+    assert 'process 0 did not answer within 0.5 s' in told
+    assert capfd.readouterr().err.count('waiting up to 0.5 s') == 1
 
 
 def test_process_0_finds_out_that_it_is_not_where_others_look_for_it(coordinator):

@@ -62,6 +62,14 @@ def test_so_it_is_in_every_other_combination(estimate_and_truth, fields):
     assert memory.total == pytest.approx(truth, rel=0.15)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('bands', [{}, BANDED], ids=['dense', 'banded'])
+def test_so_it_is_where_devices_share_the_time(estimate_and_truth, bands):
+    fields = SCANNED | bands | {'block_size': 2048, 'n_layer': 4, 'remat': 'names'}
+    memory, truth = estimate_and_truth((1, 2, 1, 4), batch_size=2, **fields)
+    assert memory.total == pytest.approx(truth, rel=0.15)
+
+
 @pytest.mark.parametrize('remat', ['none', 'dots', 'names', 'full'])
 @pytest.mark.parametrize(
     'fields',

@@ -58,6 +58,39 @@ def test_cpu_devices_are_those_of_this_process():
         topology.topology_devices('cpu:900')
 
 
+@pytest.mark.parametrize(
+    ('name', 'hosts', 'gpus', 'words'),
+    [
+        ('h100:8', 1, 8, '8 GPUs of a host'),
+        ('h200:2', 1, 2, '2 GPUs of a host'),
+        ('h100:4x8', 4, 8, '32 GPUs: 4 hosts of 8'),
+        ('h100:8x4', 4, 8, '32 GPUs: 4 hosts of 8'),
+        ('a100:32', 4, 8, '32 GPUs: 4 hosts of 8'),
+        ('b200:128x8', 128, 8, '1,024 GPUs: 128 hosts of 8'),
+        ('h100:2x4', 2, 4, '8 GPUs: 2 hosts of 4'),
+    ],
+)
+def test_an_eight_is_that_of_a_hosts_gpus_wherever_it_stands(name, hosts, gpus, words):
+    assert topology.gpu_hosts(name) == (hosts, gpus)
+    assert topology.describe(name, hosts * gpus) == words
+
+
+def test_a_slice_of_tpus_is_a_torus():
+    assert topology.torus('v5p:8x8x20') == (8, 8, 20)
+    assert topology.torus('h100:4x8') == topology.torus('cpu:8') == ()
+    assert topology.describe('v5p:8x8x20', 1280) == '1,280 chips: 8 x 8 x 20'
+
+
+def test_every_gpu_that_can_be_compiled_for_has_a_data_sheet():
+    for name, target in topology.GPU_TARGETS.items():
+        device = find_device(target['kind'])
+        assert device.per_host == topology.HOST_GPUS, name
+        assert device.memory_bandwidth > 1e12
+        assert device.memory_bytes == pytest.approx(target['memory'], rel=0.08)
+        text = topology.GPU_TARGET.format(bandwidth=1, **target)
+        assert text.count('{') == text.count('}') == 3
+
+
 def test_the_kind_of_a_topology_names_its_compiler():
     names = ('v5p:8x8x8', 'h100:8', 'h100:4x8', 'cpu:8')
     assert [topology.topology_compiler(name) for name in names] == ['tpu', 'gpu', 'gpu', 'cpu']
@@ -65,7 +98,7 @@ def test_the_kind_of_a_topology_names_its_compiler():
 
 @pytest.mark.skipif(importlib.util.find_spec('jax_plugins') is not None, reason='a plugin is installed')
 def test_without_the_cuda_plugin_the_extra_is_named():
-    with pytest.raises(InputError, match=r"--topology=h100:8 needs JAX's CUDA plugin.*pip install -e '\.\[cuda12\]'"):
+    with pytest.raises(InputError, match=r"--topology=h100:8 needs JAX's CUDA plugin.*pip install -e '\.\[gpu-aot\]'"):
         topology.topology_devices('h100:8')
 
 

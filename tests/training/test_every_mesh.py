@@ -36,7 +36,8 @@ MODELS = {
     ),
     'attention dropout': dataclasses.replace(DENSE, n_layer=1, scan_layers=False, attention_dropout=0.1),
 }
-OPTIMIZER = OptimizerConfig(1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0)
+# Larger steps would turn the rounding of another order of sums into more than 1e-5 of the loss.
+OPTIMIZER = OptimizerConfig(3e-3, 0.9, 0.95, 1e-8, 0.1, 1.0)
 STEPS = 10
 DATA, FSDP, TENSOR, CONTEXT = (8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8)
 COLLECTIVES = 'all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute'

@@ -56,6 +56,28 @@ def test_an_experiment_may_lie_anywhere_and_be_run_from_anywhere(process, experi
     assert (tmp_path / 'run' / 'checkpoints' / '3').is_dir()
 
 
+def test_print_sharding_prints_a_table_and_trains_nothing(verb, config, tmp_path):
+    mesh = ('--config.mesh.data=1', '--config.mesh.fsdp=4', '--config.mesh.tensor=2')
+    status, output, _ = verb('main', config, '--print_sharding', f'--workdir={tmp_path / "run"}', *mesh)
+    assert status in (0, None)
+    assert output.startswith('8 cpu device(s): mesh.data=1, mesh.fsdp=4, mesh.tensor=2, mesh.context=1\n')
+    for name in ('wte', 'step', 'tokens', 'residual stream'):
+        assert f'\n{name} ' in output
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (['--config.mesh.data=3'], 'mesh.data=3, mesh.fsdp=1, mesh.tensor=1, mesh.context=1 does not divide the 8'),
+        (['--config.mesh.tensor=8'], 'model.n_head=2 is not divisible by mesh.tensor=8'),
+        (['--config.mesh.context=8', '--config.model.block_size=24'], 'model.block_size=24 is not divisible by 2 x'),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line_before_anything_is_printed(refused, config, changes, message):
+    assert message in refused('main', config, '--print_sharding', *changes)
+
+
 def test_a_run_from_the_command_line_exits_0_and_says_how_to_go_on(verb, config, tmp_path):
     status, output, _ = verb('main', config, f'--workdir={tmp_path}', '--config.train.steps=3')
     assert status == 0

@@ -4,7 +4,15 @@ import re
 
 import pytest
 
-POD = ('--config=configs/gpt3.py:175b', '--devices=512', '--config.mesh.data=1', '--config.mesh.fsdp=512')
+from gpt_jax.parallel.devices import DEVICES
+from gpt_jax.planning import Compiled, render
+
+POD = (
+    '--config=configs/gpt3.py:175b',
+    '--devices=512',
+    *('--config.mesh.data=1', '--config.mesh.fsdp=512', '--config.mesh.tensor=1'),
+    *('--config.model.remat=none', '--config.train.accumulation_steps=1'),
+)
 
 
 def test_help_names_the_flags_and_exits_0(process):
@@ -77,7 +85,7 @@ def test_the_cpu_compiler_says_what_the_real_step_needs_beside_the_estimate(verb
     given = sum(plan['memory'][f'{name}_bytes'] for name in ('parameters', 'optimizer', 'batch'))
     assert 0 <= compiled['arguments_bytes'] - given < 64
     _, text, _ = verb('plan', *arguments[:-1], '--config.mesh.data=1')
-    assert re.search(r'^Memory of a device, by the CPU compiler \(cpu:2\)$', text, re.MULTILINE)
+    assert re.search(r'^Memory of a device, by the CPU compiler \(cpu:2, 2 simulated devices\)$', text, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -94,6 +102,67 @@ def test_the_tpu_compiler_allocates_what_the_estimate_says(verb):
     # with libtpu 0.0.42).
     given = sum(memory[f'{name}_bytes'] for name in ('parameters', 'optimizer', 'batch'))
     assert given <= compiled['arguments_bytes'] <= 1.05 * given
+
+
+SMALL = ('--config=configs/gpt3.py:125m', '--config.model.n_layer=2', '--config.model.vocab_size=512')
+H100 = '--device_kind=NVIDIA H100 80GB HBM3'
+
+
+def test_what_a_search_finds_is_planned_the_same_when_it_is_pasted(verb):
+    status, output, _ = verb('plan', *SMALL, '--devices=16', H100, '--search', '--json')
+    assert status == 0
+    search = json.loads(output)['search']
+    assert (search['fits'], search['certified'], len(search['best'])) == (True, None, 8)
+    assert search['tried'] >= search['fitting'] > 8
+    last = search['best'][-1]
+    _, output, _ = verb('plan', *SMALL, '--devices=16', H100, '--json', *last['flags'].split())
+    memory = json.loads(output)['memory']
+    assert (memory['total_bytes'], memory['mesh']) == (last['total_bytes'], last['mesh'])
+
+
+def test_a_search_walks_down_its_ranking_until_the_compiler_takes_one(verb, monkeypatch):
+    answers = iter([100 * 2**30, 90 * 2**30, 2**30])
+    monkeypatch.setattr('gpt_jax.planning.find_device', lambda *_, **__: DEVICES['NVIDIA H100 80GB HBM3'])
+    monkeypatch.setattr('gpt_jax.planning.compile_step', lambda _: Compiled(1, 1, 1, needed=next(answers)))
+    monkeypatch.setattr('gpt_jax.planning.render', lambda plan: f'{json.dumps(plan)}\n\n{render(plan)}')
+    _, output, _ = verb('plan', *SMALL, '--topology=cpu:8', '--search')
+    plan, _, text = output.partition('\n\n')
+    plan = json.loads(plan)
+    search = plan['search']
+    assert [one['needed_bytes'] for one in search['refused']] == [100 * 2**30, 90 * 2**30]
+    assert search['certified']['needed_bytes'] == plan['compiled']['needed_bytes'] == 2**30
+    flags = [one['flags'] for one in (*search['refused'], search['certified'])]
+    assert len(set(flags)) == 3
+    mesh = plan['memory']['mesh']
+    assert f'--config.mesh.fsdp={mesh["fsdp"]} --config.mesh.tensor={mesh["tensor"]}' in flags[-1]
+    # The text says the same, and ends with what to paste.
+    assert re.search(
+        r'^\d+ ways to train were tried, \d+ fit by the estimate; the fastest, by a model', text, re.MULTILINE
+    )
+    assert text.count('Refused (') == 2
+    assert f'To paste (compiled: it fits, with 1.00 GiB):\n  {flags[-1]}\n' in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('jax_cuda12_plugin') is None, reason='needs the GPU compiler: [gpu-aot]')
+@pytest.mark.parametrize('topology', ['h100:8x2', 'a100:2x8', 'b200:16'])
+def test_the_gpu_compiler_certifies_and_the_step_has_a_roofline(process, topology):
+    result = process('plan', *SMALL, '--config.precision.compute=f32', f'--topology={topology}', '--search', '--json')
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    compiled = plan['compiled']
+    assert (compiled['devices'], compiled['fits']) == ('16 GPUs: 2 hosts of 8', True)
+    program = compiled['program']
+    assert any(one['across_hosts'] for one in program['collectives'])
+    # No fewer products than the model's own count of what is not masked, on each of 16.
+    tokens = 256 * 2048
+    assert program['flops'] >= 0.9 * plan['training_flops']['per_token_causal'] * tokens / 16
+    assert (
+        program['step_seconds']
+        >= program['kernel_seconds']
+        > program['flops'] / DEVICES[plan['device_kind']].peak_flops
+    )
+    assert program['unknown_loops'] == 0
 
 
 def test_the_row_of_the_table_that_contradicts_itself_is_explained(verb):
@@ -131,6 +200,12 @@ def test_remat_micro_batches_and_fsdp_make_the_plan_smaller(verb):
         (['SMOKE', '--peak_tflops=1e308'], '--peak_tflops=1e+308 must be above 0, and at most 1e12'),
         (['SMOKE', '--topology=cpu:99999999'], '--topology=cpu:99999999: at most 4,096 devices'),
         (['SMOKE', f'--topology=cpu:{"1" * 5000}'], 'at most 4,096 devices'),
+        (['SMOKE', '--search'], '--search needs devices that are known: --topology=h100:8'),
+        (['SMOKE', '--search', '--topology=cpu:2'], '--search needs devices that are known'),
+        (['SMOKE', '--search', '--verify', '--topology=cpu:2'], '--search and --verify exclude each other'),
+        (['SMOKE', '--topology=h300:8'], '--topology=h300:8 is not a kind and its devices, such as v5e:4x4'),
+        (['SMOKE', '--topology=h100:12'], '--topology=h100:12: 12 GPUs are not whole hosts of 8'),
+        (['SMOKE', '--topology=h100:9x16'], '--topology=h100:9x16: a host has at most 8 GPUs'),
         (['SMOKE', '--devices=0'], '--devices=0 must be above 0'),
         (['SMOKE', '--peak_tflops=-1'], '--peak_tflops=-1.0 must be above 0'),
         (['SMOKE', '--dollars_per_device_hour=inf'], '--dollars_per_device_hour=inf must be above 0'),
