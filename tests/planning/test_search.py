@@ -31,6 +31,15 @@ def test_every_way_to_train_is_one_that_divides_model_batch_and_devices():
     assert not list(placements(MODEL, 7, 5))
 
 
+def test_a_tpu_is_given_no_parts_of_parameters_thinner_than_a_tile():
+    config = preset_config('gpt3-13b', scan_layers=True, compute_dtype='bf16')
+    assert max(p.mesh.fsdp for p in placements(config, 1024, 256)) == 256  # 20 of 5,120 rows each
+    assert max(p.mesh.fsdp for p in placements(config, 1024, 256, tile_rows=16)) == 64
+    for device, widest in ((H100, 256), (DEVICES['TPU v5p'], 64)):
+        ranking, _ = search(config, 1024, 256, device, lambda p: memory(p.rows))
+        assert max(one.placement.mesh.fsdp for one in ranking) == widest
+
+
 def test_long_contexts_alone_are_split():
     long = dataclasses.replace(MODEL, block_size=32768)
     assert {p.mesh.context for p in placements(long, 8, 8)} == {1, 2, 4, 8}
