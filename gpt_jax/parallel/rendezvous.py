@@ -228,7 +228,7 @@ class _Reception:
         """Returns None when all are there, or why they will not be."""
         start = time.monotonic()
         until, say_at, heard, error = start + self._seconds, start + min(5, self._seconds / 2), {}, None
-        while len(self._here) < self._place.num_processes:
+        while not self._all_here():
             now = time.monotonic()
             if self._closed.is_set():
                 return 'process 0 was stopped while it waited for the others; start all again'
@@ -263,6 +263,11 @@ class _Reception:
                     # Those that are about to come are told as well.
                     error, until = error or wrong, min(until, now + _GRACE_SECONDS)
         return error
+
+    def _all_here(self) -> bool:
+        if len(self._here) == self._place.num_processes:  # unless one has died since
+            self._here = {n: other for n, other in self._here.items() if _read(other[1]) != b''}
+        return len(self._here) == self._place.num_processes
 
     def _let_in(self, hello: dict[str, Any], connection: socket.socket) -> str | None:
         """Notes who came, or returns what is wrong with it."""

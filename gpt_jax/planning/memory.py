@@ -197,8 +197,10 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
     # The backward pass begins with the loss. A scan then has the gradients of all layers as one array from the start;
     # unrolled, they come as kept activations go: what counts is the larger of both ends.
     start = gradients - of_blocks + kept + table + max(loss, layer + (of_blocks if config.scan_layers else 0))
-    working = table + max(loss, layer)
-    overlap = max(start, gradients) - (gradients + kept + working)
+    # Parameters of 16 bits are widened for the length of a step.
+    widened = gradients if parameters < gradients else 0
+    working = table + max(loss, layer) + widened
+    overlap = max(start, gradients) + widened - (gradients + kept + working)
     token_ids = 2 * 4 * placement.batch_size // placement.split * config.block_size // mesh.context
     estimates = map(int, (kept, working, token_ids, overlap))
     return Memory(parameters, sharded_bytes((state.opt_state, state.ema)), gradients + before, *estimates)

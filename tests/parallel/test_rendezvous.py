@@ -130,9 +130,10 @@ def test_all_go_on_when_all_are_there_and_the_port_is_free_again(coordinator, co
 def test_those_that_came_are_told_who_is_missing(coordinator):
     told = meet_all(*[Place(coordinator, 4, number) for number in (0, 2)])
     assert told[0] == told[1]
+    came = f'processes 0 and 2 came, from {socket.gethostname()}'
     assert told[0] == (
-        f'processes 1 and 3 of 4 did not come within 0.5 s (processes 0 and 2 came, from {socket.gethostname()}); start '
-        'all with the same command, or give those that start slowly more time with --connect_seconds'
+        f'processes 1 and 3 of 4 did not come within 0.5 s ({came}); start all with the same command, or give those '
+        'that start slowly more time with --connect_seconds'
     )
 
 
@@ -174,15 +175,31 @@ def test_two_processes_of_one_number_are_named(coordinator):
     assert told == [expected] * 3
 
 
-def test_one_that_died_meanwhile_may_come_again(coordinator):
-    place = Place(coordinator, 2, 0)
+def test_those_that_come_a_moment_later_are_told_as_well(coordinator, monkeypatch):
+    noticed, let_in = threading.Event(), rendezvous._Reception._let_in
+
+    def noting(*arguments):
+        wrong = let_in(*arguments)
+        if wrong is not None:
+            noticed.set()
+        return wrong
+
+    monkeypatch.setattr(rendezvous._Reception, '_let_in', noting)
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        first = executor.submit(meet, place, 30)
-        hello = {'gpt_jax': 'hello', 'process_id': 1, 'num_processes': 2, 'host': 'a', 'pid': 1}
-        with connection_to(place) as connection:
+        early = executor.submit(meet_all, Place(coordinator, 3, 0), Place(coordinator, 2, 1), seconds=3)
+        noticed.wait(30)
+        late = meet_all(Place(coordinator, 3, 2), seconds=3)
+    assert set(late) == set(early.result())
+
+
+def test_one_that_died_meanwhile_may_come_again(coordinator):
+    first, others = Place(coordinator, 3, 0), [Place(coordinator, 3, number) for number in (1, 2)]
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        told = executor.submit(meet_all, first, seconds=30)
+        hello = {'gpt_jax': 'hello', 'process_id': 1, 'num_processes': 3, 'host': 'a', 'pid': 1}
+        with connection_to(first) as connection:
             connection.sendall((json.dumps(hello) + '\n').encode())
-        meet(Place(coordinator, 2, 1), 30)
-        first.result(30)
+        assert meet_all(*others, seconds=30) + told.result() == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -196,19 +213,28 @@ def test_one_that_died_meanwhile_may_come_again(coordinator):
         b'[' * 60_000 + b'\n',
         b'x' * 200_000,
         b'\xff\xfe\n',
-        b'',
     ],
 )
-def test_whoever_else_comes_to_the_port_is_of_no_account(coordinator, said):
+def test_whoever_else_comes_to_the_port_is_shown_out(coordinator, said):
     place = Place(coordinator, 2, 0)
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         first = executor.submit(meet, place, 30)
-        try:
-            with connection_to(place) as connection:
+        with connection_to(place) as connection:
+            try:
                 connection.sendall(said)
-        except ConnectionError:
-            pass  # it was shown out while it spoke
+                left = connection.recv(1)
+            except ConnectionError:  # while it spoke
+                left = b''
+            assert left == b''
         meet(Place(coordinator, 2, 1), 30)
+        first.result(30)
+
+
+def test_whoever_says_nothing_is_of_no_account(coordinator):
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        first = executor.submit(meet, Place(coordinator, 2, 0), 30)
+        with connection_to(Place(coordinator, 2, 0)):
+            meet(Place(coordinator, 2, 1), 30)
         first.result(30)
 
 

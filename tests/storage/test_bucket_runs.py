@@ -218,7 +218,7 @@ def test_each_verb_takes_an_address(bucket, tiny_config, finished_run, tmp_path)
     export_huggingface(finished_run.workdir, tmp_path / 'hub')
     import_huggingface(tmp_path / 'hub', tmp_path / 'again')
     jax.tree.map(np.testing.assert_array_equal, load('gs://bucket/again').params, load(tmp_path / 'again').params)
-    config = tiny_config({'train.init_from': RUN, 'train.steps': 2})
+    config = tiny_config({'train.init_from': RUN, 'train.steps': 2, 'schedule.warmup_steps': 1})
     result = train(config, 'gs://bucket/second')
     assert result.step == 2
     error = verb('generate', '--checkpoint=gs://nobody-has-this/run', '--prompt=a', status=1)

@@ -323,7 +323,7 @@ def test_a_run_that_diverges_at_once_begins_anew_and_then_says_what_to_change(ti
 @pytest.mark.slow
 def test_spikes_of_a_run_are_skipped_and_resumed_to_the_bit(tiny_config, tmp_path, assert_same_bits, capsys):
     # A window of two steps whose deviation anything exceeds.
-    keys = {'train.spike_loss_deviations': 0.01, 'train.spike_window_steps': 2, 'optimizer.learning_rate': 0.5}
+    keys = {'train.spike_loss_deviations': 0.01, 'train.spike_window_steps': 2, 'optimizer.learning_rate': 0.02}
     config = tiny_config(keys | {'train.steps': 9, 'schedule.decay_steps': 9})
     whole = train(config, tmp_path / 'whole')
     counts = [row['skipped_steps'] for row in training_rows(tmp_path / 'whole')]
@@ -336,5 +336,5 @@ def test_spikes_of_a_run_are_skipped_and_resumed_to_the_bit(tiny_config, tmp_pat
     assert_same_bits(parts.params, whole.params)
     # The guard may be taken off, widened and put on while the run goes on.
     for keys in ({}, {'train.spike_loss_deviations': 5.0, 'train.spike_window_steps': 3}):
-        longer = {'optimizer.learning_rate': 0.5, 'train.steps': 10 + len(keys), 'schedule.decay_steps': 9}
+        longer = {'optimizer.learning_rate': 0.02, 'train.steps': 10 + len(keys), 'schedule.decay_steps': 9}
         assert train(tiny_config(longer | keys), tmp_path / 'parts').step == 10 + len(keys)
