@@ -1,6 +1,6 @@
 """Plan a training before it is started: recipe, parameters, arithmetic, memory, time and cost.
 
-    python -m gpt_jax.plan --config=configs/gpt3.py:13b --devices=256 --device_kind='TPU v5p' --config.mesh.fsdp=256
+    python -m gpt_jax.plan --config=configs/gpt3.py:13b --devices=256 --device_kind='TPU v5p'
 
 Nothing is trained and nothing large is allocated. With --topology the real training step is compiled for devices that
 need not be here, and the compiler's own account of its memory, and of what devices send each other, stands beside the

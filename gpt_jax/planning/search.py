@@ -23,7 +23,8 @@ LONG_CONTEXT = 8192
 # Beyond that products get so narrow that no estimate here holds.
 MOST_TENSOR = 16
 # Rows of a TPU's tile of 16-bit numbers. Of parameters cut thinner the TPU compiler gathers parts by adding up whole
-# matrices, most of them zeros: twice as much is sent (seen for 20 of 5,120 in compiled programs of GPT-3 13B).
+# matrices, most of them zeros: twice as much is sent (GPT-3 13B on 256 chips: 204 GB with parts of 20 of the 5,120
+# rows, 103 GB with 80).
 TPU_TILE_ROWS = 16
 # An estimate is off by some per cent, and allocators need room: what comes closer is not asked for.
 ROOM = 0.95

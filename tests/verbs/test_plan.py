@@ -35,7 +35,7 @@ def test_a_plan_of_175b_says_everything_with_its_unit_on_about_a_screen(verb):
         r'total +174,604,259,328',
         r'total without embeddings +173,961,535,488',
         r'in all +3.191e\+23 FLOP +300,001,787,904 tokens',
-        r'parameters +1.33 GiB +float32',
+        r'parameters +1.33 GiB +as precision.params',
         r'optimizer +2.66 GiB',
         r'total +[\d.]+ GiB +\d+% of the 95.00 GiB of a TPU v5p',
         r'1 x 2,048 tokens +5.06 GiB +9.00 GiB if all layers were dense',
