@@ -183,6 +183,7 @@ def activations(program, rows, time):
     )
 
 
+@pytest.mark.slow
 def test_tensor_adds_up_activations_twice_in_each_direction_of_a_layer():
     check('dense', TENSOR)
     program = trained('dense', TENSOR)[1]
