@@ -237,7 +237,7 @@ def _connect(base: str) -> None:
             socket.create_connection(place, timeout=CONNECT_SECONDS).close()
             return
         except OSError as error:
-            if not left:
+            if not left or isinstance(error, socket.gaierror):  # a name that is not known: that took its time already
                 raise StorageError(base, f'{place[0]}:{place[1]}: {error.strerror or first_line(error)}') from None
         time.sleep(0.5)
 
