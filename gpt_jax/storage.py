@@ -404,13 +404,12 @@ def put_if(path: Address, data: bytes, version: str | None) -> bool:
             else:
                 condition = {'IfNoneMatch': '*'} if version is None else {'IfMatch': version}
                 fs.call_s3('put_object', Bucket=path.bucket, Key=path.key, Body=data, **condition)
-    except (FileExistsError, FileNotFoundError):
+    except (FileExistsError, FileNotFoundError, StorageError) as error:
+        # S3 has a text of its own for a condition that does not hold.
+        if isinstance(error, StorageError) and not re.search(r'(?i)pre-?condition|conditional', error.strerror):
+            raise
         there = get_version(path)
         return there is not None and there[0] == data
-    except StorageError as error:
-        if 'PreconditionFailed' in str(error) or 'ConditionalRequestConflict' in str(error):
-            return False
-        raise
     return True
 
 
