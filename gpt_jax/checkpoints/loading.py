@@ -146,9 +146,9 @@ def _load(found: Resolved, sharding: Placement) -> Loaded:
         )
         params = read_items(folder, **{item: placed})[item]
         _check_finite(folder, params)
-        if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
+        if any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params)):
             # Of precision.params='bf16': what uses a model takes it in float32, and makes of it what it wants.
-            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, params)
     return Loaded(params, meta, found.step, folder)
 
 

@@ -94,7 +94,7 @@ def test_an_entry_of_another_kind_is_refused_or_does_no_harm(made, tmp_path, pla
 
 
 @pytest.mark.parametrize(
-    'cache', ['{tmp}/file', '{tmp}/file/x/y', '/proc/x/y', '/dev/null', '{tmp}/loop', 'a\0b', 'gs://b/x', 'x' * 300]
+    'cache', ['{tmp}/file', '{tmp}/file/x/y', '/proc/x/y', '/dev/null', '{tmp}/loop', 'a\0b', 'az://b/x', 'x' * 300]
 )
 def test_a_folder_that_cannot_be_made_is_one_line(made, tmp_path, cache):
     (tmp_path / 'file').write_text('x')

@@ -83,6 +83,14 @@ def test_files_of_a_bucket_are_as_those_of_a_disk(bucket):
     assert bucket.names() == []
 
 
+@pytest.mark.parametrize('end', [b'\r', b'\n', b'\r\n', b'\0', b'--==0==--'])
+def test_an_object_is_its_bytes_to_the_last(bucket, tmp_path, end):
+    (tmp_path / 'file').write_bytes(b'data' + end)
+    storage.upload(tmp_path / 'file', files.as_path('gs://bucket/uploaded'))
+    files.as_path('gs://bucket/written').write_bytes(b'data' + end)
+    assert [bucket.read(name) for name in ('uploaded', 'written')] == [b'data' + end] * 2
+
+
 def test_a_large_object_is_read_in_stretches(bucket, monkeypatch):
     monkeypatch.setattr(storage, 'STRETCH', 1000)
     data = bytes(range(256)) * 17

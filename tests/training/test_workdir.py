@@ -120,7 +120,7 @@ def test_a_place_where_no_run_can_be_is_refused_in_one_line(places, name, messag
 
 @pytest.mark.parametrize(
     'workdir',
-    ['gs://bucket/run', 's3://bucket/run', 'hf://x', 'file:///tmp/x', '', '/proc/run', '/dev/null', '/sys/run'],
+    ['az://bucket/run', 'hdfs://bucket/run', 'hf://x', 'file:///tmp/x', '', '/proc/run', '/dev/null', '/sys/run'],
 )
 def test_what_is_no_folder_of_this_machine_is_refused_in_one_line(tmp_path, monkeypatch, workdir):
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,7 @@ NUMBERS = [
 TEXTS = [
     *('', ' ', 'None', 'True', 'false', 'x', 'é', '\udcff', 'a\nb', '\t', '%s', '{0}', '[', '{}', '*', '?', '#', '-'),
     *('--', "'", '"', '$HOME', '~nobody/x', 'a' * 300, 'a,b', 'a:b', 'a:0.5', ':', ',', '/', '.', '..', '/dev/null'),
-    *('/dev/zero', '/proc/self/mem', 'gs://bucket/x', 'hub:', 'hub:a', 'file:///x', 'char', 'bpe', 'gpt2', 'fsdp:2'),
+    *('/dev/zero', '/proc/self/mem', 'az://bucket/x', 'hub:', 'hub:a', 'file:///x', 'char', 'bpe', 'gpt2', 'fsdp:2'),
 ]
 VALUES = st.sampled_from(NUMBERS) | st.sampled_from(TEXTS) | st.text(max_size=6).filter(lambda text: '\0' not in text)
 

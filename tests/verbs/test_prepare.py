@@ -86,7 +86,7 @@ def test_data_for_fine_tuning_are_cut_by_the_tokenizer_of_the_weights(verb, tiny
 
 
 @pytest.mark.parametrize(
-    'name', ['gs://bucket/data', 'file:///data', 'file', 'file/data', 'loop', 'pipe', 'x' * 300, '/proc/x/y']
+    'name', ['az://bucket/data', 'file:///data', 'file', 'file/data', 'loop', 'pipe', 'x' * 300, '/proc/x/y']
 )
 def test_a_cache_that_cannot_be_is_refused_before_any_work(refused, arguments, tmp_path, name):
     (tmp_path / 'file').touch()
