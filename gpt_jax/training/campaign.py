@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt_jax.checkpoints.committing import REMOVED, SAVING
 from gpt_jax.checkpoints.finding import finished_steps, read_step_meta
 from gpt_jax.checkpoints.loading import leaf_name, read_items, stored_shapes
-from gpt_jax.checkpoints.committing import REMOVED, SAVING
 from gpt_jax.config import RunConfig
 from gpt_jax.errors import InputError, first_line
 from gpt_jax.training.logs import OF_THE_CLOCK, read_rows
