@@ -318,6 +318,21 @@ class TrainConfig(_Section):
     spike_window_steps: int = key(
         128, 'the latest steps that were not skipped: what a spike is one of', resume=True, least=2, most=2**20
     )
+    norms_every_steps: int = key(
+        0, 'rows with the norm of each parameter, its gradient and its update; 0: none', resume=True, least=0
+    )
+    trackers: str = key(
+        'tensorboard', "what is told the rows, such as 'tensorboard,wandb,trackio'; 'none'", resume=True
+    )
+    hang_seconds: float = key(
+        1800.0,
+        'without progress, after which a line on standard error says what the run is at; 0.0: never',
+        resume=True,
+        least=0,
+    )
+    ends_when_hung: bool = key(
+        False, 'the process then ends with status 1, for a loop that starts it again', resume=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +353,10 @@ class CheckpointConfig(_Section):
         500, 'and at the end, and where validation is best so far; 0: only then', resume=True, least=0
     )
     keep_latest: int = key(1, 'of the newest', least=1, resume=True)
+    every_minutes: float = key(
+        0.0, 'and where that long passed since the last save; 0.0: never for that', resume=True, least=0
+    )
+    keep_every_steps: int = key(0, 'those of every so many steps stay for good; 0: none', resume=True, least=0)
     keep_best: int = key(1, 'of the lowest validation loss; 0: none is saved for being best', resume=True, least=0)
 
 

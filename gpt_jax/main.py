@@ -26,6 +26,7 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run (default: runs
 PRINT_SHARDING = flags.DEFINE_bool(
     'print_sharding', False, 'print how every array lies on the devices, and its bytes on each; nothing is trained'
 )
+PROFILE = flags.DEFINE_string('profile', None, 'START:STOP, the steps to trace into WORKDIR/profile')
 DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'one of several processes, as jax finds them on a cluster')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'one of several processes: HOST:PORT of process 0')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'one of several processes: how many there are')
@@ -46,7 +47,9 @@ def main() -> int:
         os.environ['TF_CPP_MIN_LOG_LEVEL'] = '4'
     cli.use_compilation_cache()
     from gpt_jax.parallel import processes
+    from gpt_jax.training.tracing import parse_steps
 
+    profile = None if PROFILE.value is None else parse_steps(PROFILE.value)
     if one_of_several:
         processes.connect(*named, CONNECT_SECONDS.value)
     from gpt_jax.inference import sample_text
@@ -58,7 +61,7 @@ def main() -> int:
         return 0
     workdir = WORKDIR.value or f'runs/{cli.config_name()}'
     with processes.left_at_once() if one_of_several else contextlib.nullcontext():
-        result = train(config, workdir, sample=sample_text)
+        result = train(config, workdir, sample_text, profile)
     cli.discard_output()  # where nobody reads it any more: the run is well and ends well
     return 0 if result.signal is None else 128 + result.signal
 
@@ -84,4 +87,4 @@ def _print_sharding(config: 'ConfigDict') -> None:
 
 if __name__ == '__main__':
     of_processes = ('distributed', 'coordinator', 'num_processes', 'process_id', 'connect_seconds')
-    cli.run(main, __doc__, ('config', 'workdir', 'print_sharding', *of_processes))
+    cli.run(main, __doc__, ('config', 'workdir', 'print_sharding', 'profile', *of_processes))

@@ -358,6 +358,7 @@ def test_only_what_changes_no_function_may_differ_on_resume():
     # What guards a run, or is kept beside it, may begin when the need shows.
     expected |= {'train.max_skipped_in_a_row', 'train.spike_window_steps', 'optimizer.ema_decay'}
     expected |= {'train.spike_loss_deviations', 'train.spike_grad_norm_deviations'}
+    expected |= {'train.norms_every_steps', 'train.trackers', 'train.hang_seconds', 'train.ends_when_hung'}
     expected |= {'data.path', 'data.streaming', 'data.num_workers', 'data.cache_dir'}
     assert allowed == expected
 

@@ -135,18 +135,19 @@ class Checkpoints:
     """The checkpoints of one run: `folder/STEP` each, saved in the background.
 
     A finished step is kept while it is one of the `keep_latest` newest or of the `keep_best` lowest in validation loss
-    (the earlier of two equals); the step just saved always stays. Nothing on disk changes before the first `save`.
-    In a run of several processes every process makes the same calls, and `folder` is on storage they share.
+    (the earlier of two equals), or its number is a multiple of `keep_every_steps` (0: of none); the step just saved
+    always stays. Nothing on disk changes before the first `save`. In a run of several processes every process makes the
+    same calls, and `folder` is on storage they share.
     Raises InputError for keep_latest < 1 or keep_best < 0.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep_latest: int = 1, keep_best: int = 1):
+    def __init__(self, folder: str | os.PathLike, keep_latest: int = 1, keep_best: int = 1, keep_every_steps: int = 0):
         if keep_latest < 1:
             raise InputError(f'keep_latest={keep_latest}: at least 1 checkpoint must be kept to resume from')
         if keep_best < 0:
             raise InputError(f'keep_best={keep_best}: give 0 or more')
         self.folder = as_path(folder).expanduser().resolve()
-        self.keep_latest, self.keep_best = keep_latest, keep_best
+        self.keep_latest, self.keep_best, self.keep_every_steps = keep_latest, keep_best, keep_every_steps
         self._orbax: ocp.CheckpointManager | None = None
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._pending: concurrent.futures.Future | None = None
@@ -345,7 +346,8 @@ class Checkpoints:
     def _outdated(self, saved: int) -> list[int]:
         finished, losses = self.steps(), val_losses(self.folder)
         best = sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best]
-        keep = {saved, *finished[-self.keep_latest :], *best}
+        every = [step for step in finished if self.keep_every_steps and step % self.keep_every_steps == 0]
+        keep = {saved, *finished[-self.keep_latest :], *best, *every}
         return [step for step in finished if step not in keep]
 
 

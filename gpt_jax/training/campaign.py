@@ -30,7 +30,8 @@ from gpt_jax.checkpoints.finding import finished_steps, read_step_meta
 from gpt_jax.checkpoints.loading import leaf_name, read_items, stored_shapes
 from gpt_jax.config import RunConfig
 from gpt_jax.errors import InputError, first_line
-from gpt_jax.training.logs import OF_THE_CLOCK, read_rows
+from gpt_jax.training.logs import read_rows
+from gpt_jax.training.speed import OF_THE_CLOCK
 
 # What is done to a run, most of all what no program can answer to. A fixed order covers each pair of signal and aim.
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)

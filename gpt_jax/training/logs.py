@@ -18,17 +18,14 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from gpt_jax.errors import first_line
 from gpt_jax.files import appending, is_address, read_bytes, replacing
-from gpt_jax.models import GPTConfig
-from gpt_jax.models.config import training_flops_per_token
-from gpt_jax.parallel.devices import DEVICES
+from gpt_jax.training.trackers import TENSORBOARD, Tracker, in_groups, open_tracker
 
 # tensorboardX imports PyTorch where it is installed, which takes seconds, for what is not used here. A module that is
 # None in sys.modules counts as one that is not installed.
@@ -46,54 +43,7 @@ finally:
 # In place of the last step to keep in a log: a run without a checkpoint starts anew, and writes of step 0 again.
 NOTHING = -1
 MOST_LOG_BYTES = 2**31  # of metrics.jsonl and samples.txt: those of a run of millions of steps have a few hundred MB
-# What a row says of the machine: all else is the same whenever and wherever the same run is made.
-OF_THE_CLOCK = ('time', 'tokens_per_second', 'mfu', 'data_wait_ms')
 TENSORBOARD_SECONDS = 60  # between the writings of its file
-
-
-def model_flops_utilisation(config: GPTConfig, tokens_per_second: float) -> float | None:
-    """Share of all devices' peak that the model's arithmetic takes; None where the peak is not known."""
-    device = DEVICES.get(jax.devices()[0].device_kind)
-    if device is None:
-        return None
-    return tokens_per_second * training_flops_per_token(config) / (device.peak_flops * jax.device_count())
-
-
-class Throughput:
-    """Tokens per second between rows, and how long the loop waited for its batches.
-
-    Time spent on evaluation, previews and checkpoints is left out: it is not training's.
-    """
-
-    def __init__(self):
-        self._started, self._step, self._waited = time.perf_counter(), 0, 0.0
-
-    def start(self, step: int) -> None:
-        """Counts from here, `step` steps being done."""
-        self._started, self._step = time.perf_counter(), step
-
-    def waited(self, seconds: float) -> None:
-        """Counts a wait for a batch."""
-        self._waited += seconds
-
-    @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Time spent inside is not training's."""
-        began = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - began
-
-    def steps_since(self, step: int) -> int:
-        """Steps from the last lap or start to `step`."""
-        return step - self._step
-
-    def lap(self, step: int, tokens_per_step: float) -> tuple[float, float]:
-        """Since the last lap or start, which this ends: tokens per second, and milliseconds waited for batches."""
-        now = time.perf_counter()
-        rate = (step - self._step) * tokens_per_step / max(now - self._started, 1e-9)
-        waited_ms = 1000 * self._waited
-        self._started, self._step, self._waited = now, step, 0.0
-        return rate, waited_ms
 
 
 class Output:
@@ -239,10 +189,11 @@ class _Spool:
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl and TensorBoard.
+    """Appends rows to metrics.jsonl and to the trackers of the run, which are shown `config`.
 
-    On opening, both are cut back to `last_step`, so that after a resume no step stands there twice. TensorBoard's
-    files cannot be cut, so they are written anew from the rows that stay. A damaged row is left out, and said.
+    On opening, the file and TensorBoard are cut back to `last_step`, so that after a resume no step stands there twice.
+    TensorBoard's files cannot be cut, so they are written anew from the rows that stay. A damaged row is left out, and
+    said.
 
     A disk that is full does not end the run: its checkpoint may still find room, and is worth more. Rows wait until
     they can be written.
@@ -250,7 +201,13 @@ class MetricsLog:
     Raises InputError where metrics.jsonl cannot be read or written at the start.
     """
 
-    def __init__(self, workdir: pathlib.Path, last_step: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        last_step: int,
+        trackers: Sequence[str] = (TENSORBOARD,),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.path = workdir / 'metrics.jsonl'
         found, damaged = _rows_and_damage(self.path)
         if found and last_step == NOTHING:
@@ -266,12 +223,17 @@ class MetricsLog:
         self._file = appending(self._spool.path)
         self._waiting = b''
         self._failed = False
-        self._tensorboard: _TensorBoard | None = None
-        with surviving('tensorboard'):
-            # Without any row there is nothing to write them anew from: they may be all that is left of the run.
-            self._tensorboard = _TensorBoard(workdir / 'tensorboard', keep=last_step > 0 and not rows)
-        for row in rows:
-            self._to_tensorboard(row)
+        self._trackers: dict[str, Tracker] = {}
+        for name in trackers:
+            with surviving(name):
+                if name == TENSORBOARD:
+                    # Without any row there is nothing to write them anew from: they may be all that is left of the run.
+                    keep = last_step > 0 and not rows
+                    self._trackers[name] = _TensorBoard(workdir / TENSORBOARD, keep)
+                else:
+                    self._trackers[name] = open_tracker(name, workdir, dict(config or {}))
+        for row in rows if TENSORBOARD in self._trackers else ():
+            self._show(TENSORBOARD, row)
         self.evaluated = {row['step'] for row in rows if 'val_loss' in row}
 
     def write(self, row: dict[str, Any]) -> None:
@@ -279,7 +241,8 @@ class MetricsLog:
         row = row | {'time': round(time.time(), 3)}
         self._waiting += _encoded(row)
         self._write_waiting()
-        self._to_tensorboard(row)
+        for name in list(self._trackers):
+            self._show(name, row)
         if 'val_loss' in row:
             self.evaluated.add(row['step'])
             self._spool.upload()
@@ -290,10 +253,9 @@ class MetricsLog:
         with surviving(str(self.path)):
             os.fsync(self._file.fileno())
         self._spool.upload()
-        if self._tensorboard is not None:
-            with surviving('tensorboard'):
-                self._tensorboard.flush()
-                self._tensorboard.upload()
+        for name, tracker in self._trackers.items():
+            with surviving(name):
+                tracker.sync()
 
     def close(self) -> None:
         """Writes out what is left."""
@@ -303,9 +265,9 @@ class MetricsLog:
         with surviving(str(self.path)):
             self._file.close()
         self._spool.upload()
-        if self._tensorboard is not None:
-            with surviving('tensorboard'):
-                self._tensorboard.close()
+        for name, tracker in self._trackers.items():
+            with surviving(name):
+                tracker.close()
 
     def _write_waiting(self) -> None:
         try:
@@ -317,14 +279,12 @@ class MetricsLog:
                 complain(f'{self.path} cannot be written ({error.strerror}); its rows wait until it can')
             self._failed = True
 
-    def _to_tensorboard(self, row: dict[str, Any]) -> None:
-        if self._tensorboard is None:
-            return
+    def _show(self, name: str, row: dict[str, Any]) -> None:
         try:
-            self._tensorboard.write(row)
+            self._trackers[name].write(row)
         except Exception as error:  # as in `surviving`, and then no more of it: a torn file takes no further event
-            self._tensorboard = None
-            complain(f'tensorboard: {type(error).__name__}: {first_line(error)}; the run goes on without')
+            del self._trackers[name]
+            complain(f'{name}: {type(error).__name__}: {first_line(error)}; the run goes on without')
 
 
 def _encoded(row: dict[str, Any]) -> bytes:
@@ -352,20 +312,19 @@ class _TensorBoard:
         self._flushed = time.monotonic()
 
     def write(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name not in ('step', 'time') and value is not None:
-                group = 'validation' if name.startswith('val_') else 'train'
-                summary = scalar(f'{group}/{name}', value)
-                self._writer.write_event(Event(step=row['step'], wall_time=row.get('time', 0), summary=summary))
+        for name, value in in_groups(row).items():
+            event = Event(step=row['step'], wall_time=row.get('time', 0), summary=scalar(name, value))
+            self._writer.write_event(event)
         if time.monotonic() - self._flushed > TENSORBOARD_SECONDS:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def sync(self) -> None:
+        self._flush()
+        self._spool.upload()
+
+    def _flush(self) -> None:
         self._writer.flush()
         self._flushed = time.monotonic()
-
-    def upload(self) -> None:
-        self._spool.upload()
 
     def close(self) -> None:
         self._writer.close()

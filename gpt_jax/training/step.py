@@ -5,7 +5,7 @@ where `StepSettings` has it judged a spike. Parameters, moments and average stay
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import flax
@@ -58,6 +58,7 @@ class StepSettings:
         spike; None: nothing is.
       window: steps that a spike is held against.
       multipliers: `optimizer.multipliers`, of which those of 0 freeze.
+      norms: whether the metrics have the norms of each parameter, its gradient and its update.
     """
 
     params: str = 'f32'
@@ -66,6 +67,7 @@ class StepSettings:
     grad_norm_deviations: float | None = None
     window: int = 128
     multipliers: str | None = None
+    norms: bool = False
 
     @classmethod
     def of(cls, run: RunConfig) -> Self:
@@ -77,6 +79,7 @@ class StepSettings:
             run.train.spike_grad_norm_deviations,
             run.train.spike_window_steps,
             run.optimizer.multipliers,
+            run.train.norms_every_steps > 0,
         )
 
     @property
@@ -357,8 +360,17 @@ def _apply(
     if loss_scale is not None:
         metrics['loss_scale'] = loss_scale.scale
     metrics |= {'skipped_steps': skipped, 'skipped_in_a_row': in_a_row, 'skip_reason': reason}
+    if settings.norms:
+        trees = {'gradient': gradients, 'parameter': as_f32(params), 'update': updates}
+        metrics['norms'] = {f'norms/{kind}/{name}': norm for kind, tree in trees.items() for name, norm in _norms(tree)}
     spikes = _remember(state.spikes, accepted, loss, grad_norm)
     return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, in_a_row, spikes, ema), metrics
+
+
+def _norms(tree: Any) -> Iterator[tuple[str, jax.Array]]:
+    """Each parameter's name, and the norm of what the tree has of it, over all its layers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield path_name(path), optax.tree.norm(leaf)
 
 
 def _spike(settings: StepSettings, window: SpikeWindow | None, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:

@@ -10,11 +10,14 @@ import functools
 import math
 import pathlib
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, load, recover
 from gpt_jax.checkpoints.finding import describe_save
@@ -32,8 +35,6 @@ from gpt_jax.training.logs import (
     Output,
     Progress,
     SampleLog,
-    Throughput,
-    model_flops_utilisation,
     plot_loss,
     read_rows,
     surviving,
@@ -51,6 +52,7 @@ from gpt_jax.training.optimizer import (
     resumed_lengths,
 )
 from gpt_jax.training.recipe import find_initial_weights, model_config, resolve
+from gpt_jax.training.speed import Throughput
 from gpt_jax.training.step import (
     GRADIENT_SPIKE,
     LOSS_SPIKE,
@@ -69,6 +71,9 @@ from gpt_jax.training.step import (
     micro_batches,
 )
 from gpt_jax.training.stopping import StopRequest
+from gpt_jax.training.tracing import Trace
+from gpt_jax.training.trackers import parse_trackers
+from gpt_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +119,10 @@ class Sampler(Protocol):
 
 
 def train(
-    config: Mapping[str, Any] | RunConfig, workdir: str | pathlib.Path, sample: Sampler | None = None
+    config: Mapping[str, Any] | RunConfig,
+    workdir: str | pathlib.Path,
+    sample: Sampler | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> TrainResult:
     """Trains as `config` says, in `workdir`; resumes where an earlier call with the same two stopped.
 
@@ -122,6 +130,7 @@ def train(
       config: a ConfigDict of `gpt_jax.config.base`'s keys, or a RunConfig.
       workdir: the run's folder; made where missing, and nobody else's until this returns.
       sample: writes the sampled previews, such as `gpt_jax.inference.sample_text`; None leaves these out.
+      profile: the first and the last step to trace, into WORKDIR/profile; None: none.
 
     Raises:
       InputError: the configuration, the data or the folder cannot be used, or steps were skipped in a row once more
@@ -137,16 +146,21 @@ def train(
         weights = None if path is None else find_initial_weights(path, recorded, train_keys.init_weights)
         run = resolve(config, weights)
         workdirs.check(workdir, run, resumed=recorded is not None)
-        checkpoints = Checkpoints(workdir / 'checkpoints', run.checkpoint.keep_latest, run.checkpoint.keep_best)
+        checkpoints = Checkpoints(
+            workdir / 'checkpoints',
+            run.checkpoint.keep_latest,
+            run.checkpoint.keep_best,
+            run.checkpoint.keep_every_steps,
+        )
         with checkpoints, processes.ended_together():
-            trainer = Trainer(run, workdir, weights, recorded, checkpoints, sample, output)
+            trainer = Trainer(run, workdir, weights, recorded, checkpoints, sample, output, profile)
             if trainer.is_finished():
                 trainer.say(f'finished already, at step {trainer.start}; nothing to do. {trainer.how_to_generate()}')
                 val_loss = recorded.get('val_loss')
                 return TrainResult(workdir, trainer.start, None, val_loss, None, trainer.model, trainer.data.tokenizer)
             state = trainer.first_state()
             trainer.record()
-            with trainer.logs(), StopRequest() as stop:
+            with trainer.logs(), StopRequest() as stop, trainer.watchdog():
                 step, state = trainer.take_steps(state, stop)
                 checkpoints.wait()
             trainer.say(trainer.ending(step, stop.signal))
@@ -190,6 +204,7 @@ class Trainer:
         checkpoints: Checkpoints,
         sample: Sampler | None,
         output: Output,
+        profile: tuple[int, int] | None = None,
     ):
         """Builds the parts, those of a resumed run held against its checkpoint.
 
@@ -201,6 +216,7 @@ class Trainer:
           checkpoints: those of the workdir.
           sample: writes the sampled previews.
           output: where the run says what it does.
+          profile: the steps to trace.
 
         Raises:
           InputError: the batch does not fit the mesh, the data cannot be had or are not those of the checkpoint, ...
@@ -211,6 +227,8 @@ class Trainer:
         self.start = recorded['step'] if recorded else 0
         # What the first weights were, for the description of checkpoints.
         self._init_from = (recorded or {}).get('init_from')
+        self._trace = Trace(profile, workdir)
+        self._trackers = parse_trackers(run.train.trackers)
         self.mesh = make_mesh(run.mesh)
         planned = model_config(run, run.model.vocab_size or 1)
         check_mesh(run, self.mesh.shape, planned)
@@ -236,6 +254,8 @@ class Trainer:
         self.optimizer = make_optimizer(run.optimizer, self.schedule, run.precision.moments, run.train.seed)
         self.model = GPT(model_config(run, self.data.tokenizer.vocab_size))
         self.total = max(self.start, self.lengths.total)  # its length may be changed to less than it has come
+        if profile is not None and profile[0] > self.total:
+            raise InputError(f'--profile={profile[0]}:{profile[1]}: the run has {self.total} steps; name some of them')
         self.loss: float | None = None
         self.val_loss: float | None = None
         self._in_a_row = 0  # steps skipped until now
@@ -366,13 +386,21 @@ class Trainer:
         try:
             yield
         finally:
+            self._stop_trace()
             self._close_logs()
             if self._is_first_process:
                 with surviving('loss.png'):
                     plot_loss(self._workdir)
 
+    def _stop_trace(self) -> None:
+        with surviving('profile'):
+            if (place := self._trace.stop()) is not None:
+                self.say(f'profile: in {place}; tensorboard --logdir={place} shows it, with xprof installed')
+
     def _open_logs(self, last_step: int) -> None:
-        self._metrics = MetricsLog(self._workdir, last_step) if self._is_first_process else None
+        self._metrics = None
+        if self._is_first_process:
+            self._metrics = MetricsLog(self._workdir, last_step, self._trackers, as_record(self._run))
         self._samples = SampleLog(self._workdir, last_step) if self._is_first_process else None
         self._progress = Progress(self.start, self.total, self._is_first_process, self._output)
         self._throughput = Throughput()
@@ -382,6 +410,11 @@ class Trainer:
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
+
+    def watchdog(self) -> Watchdog:
+        """What complains where the run hangs, for the length of a block."""
+        self._watchdog = Watchdog(self._run.train.hang_seconds, self._run.train.ends_when_hung)
+        return self._watchdog
 
     def take_steps(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState]:
         """All steps that are left, and what is due before, between and after them; the last step and its state.
@@ -402,7 +435,7 @@ class Trainer:
         self._train_steps = {size: steps[count] for size, count in counts.items()}
         self._eval_step = make_eval_step(self.model, self.mesh)
         self._teacher_forced = make_teacher_forced_preview(self.model, self.data, self.mesh, self._separator)
-        self._best_loss = self._checkpoints.best_loss()
+        self._best_loss, self._saved = self._checkpoints.best_loss(), time.monotonic()
         if self._stops_before_the_first_step(state, stop):
             return self.start, state
         while True:
@@ -421,14 +454,22 @@ class Trainer:
 
     def _take_steps_from(self, state: TrainState, stop: StopRequest) -> tuple[int, TrainState, Diverged | None]:
         """Steps from `start` on: to the end, to a signal, or to where the run has diverged."""
-        unread, step = None, self.start
+        unread, step, compiled = None, self.start, set()
         self._in_a_row = int(state.skipped_in_a_row)
         self._put_off = False
-        self._throughput.start(step)
+        self._throughput.start()
         batches = self._batches()
         with contextlib.closing(batches.ahead(self.start, self.total, self._throughput.waited)) as ahead:
             for batch in ahead:
-                state, metrics = self._train_steps[self._sizes.at(step)](state, batch)
+                train_step = self._train_steps[self._sizes.at(step)]
+                if train_step not in compiled:
+                    self._watchdog.at('compiling')
+                    with self._throughput.compiling():
+                        train_step.lower(state, batch).compile()  # the call below finds it
+                    compiled.add(train_step)
+                    self._watchdog.at('a step')
+                self._trace.before(step + 1)
+                state, metrics = train_step(state, batch)
                 step += 1
                 # The device works on this step while the host reads the one before; reading every step also bounds
                 # how many are in flight. Where one more skipped step is the last, it is read before another is taken.
@@ -437,10 +478,13 @@ class Trainer:
                 unread = (step, metrics)
                 stopped = self._must_stop(step, stop)
                 is_last_chance = self._in_a_row + 1 >= self._run.train.max_skipped_in_a_row
-                if stopped or is_last_chance or self._put_off or self._due(step):
+                is_due = stopped or self._put_off or self._due(step) or self._is_time_to_save(step)
+                if is_due or is_last_chance or self._trace.ends_with(step):
                     diverged = self._read(*unread)
                     unread = None
-                    if diverged is None and (stopped or self._put_off or self._due(step)):
+                    if self._trace.ends_with(step):
+                        self._stop_trace()
+                    if diverged is None and is_due:
                         with self._throughput.left_out():
                             stopped, diverged = self._follow_up(step, state, stop, stopped)
                     if diverged is not None:
@@ -492,7 +536,15 @@ class Trainer:
         Returns:
           What to make of it where it was skipped and is one too many in a row.
         """
+        norms = metrics.pop('norms', {})
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self._throughput.finished()
+        self._watchdog.finished(step)
+        every = self._run.train.norms_every_steps
+        if every and step % every == 0 and self._metrics is not None:
+            self._metrics.write(
+                {'step': step, **{name: _number(norm.item()) for name, norm in jax.device_get(norms).items()}}
+            )
         reason, self._in_a_row = values.pop('skip_reason'), values.pop('skipped_in_a_row')
         if reason in (NOT_FINITE, LOSS_SPIKE, GRADIENT_SPIKE):
             self._say_skipped(step, reason, values)
@@ -501,17 +553,12 @@ class Trainer:
         self._progress.step(step, values['loss'], values['learning_rate'])
         if step in (1, self.total) or step % self._run.train.log_every_steps == 0:
             rows = self._sizes.rows_before(step)
-            # Batches of a ramp differ: the mean since the last row.
-            steps = max(1, self._throughput.steps_since(step))
-            rate, waited_ms = self._throughput.lap(step, (rows - self._rows_read) * self._run.model.block_size / steps)
+            tokens = (rows - self._rows_read) * self._run.model.block_size
             self._rows_read = rows
             row = {'step': step, 'tokens': rows * self._run.model.block_size, **values}
-            row |= {'tokens_per_second': rate, 'mfu': model_flops_utilisation(self.model.config, rate)}
-            row['data_wait_ms'] = waited_ms
+            row |= self._throughput.lap(tokens, self.model.config)
             self._progress.row(row)
-            for name in ('loss', 'grad_norm'):
-                if not math.isfinite(row[name]):
-                    row[name] = None  # JSON has neither infinity nor NaN
+            row |= {name: _number(row[name]) for name in ('loss', 'grad_norm')}
             if self._metrics is not None:
                 self._metrics.write(row)
         if self._in_a_row < self._run.train.max_skipped_in_a_row:
@@ -586,6 +633,7 @@ class Trainer:
         val_loss, is_best = None, False
         if self._due(step, 'eval'):
             try:
+                self._watchdog.at(f'the evaluation of step {step}')
                 val_loss = self._evaluate(step, state, stop)
             except Exception:
                 # Most often for want of memory, in a batch larger than training's: not the steps' fault.
@@ -599,7 +647,7 @@ class Trainer:
             if val_loss is not None and (self._best_loss is None or val_loss < self._best_loss):
                 self._best_loss = val_loss
                 is_best = self._run.checkpoint.keep_best > 0
-        if stopped or is_best or self._put_off or self._due(step, 'checkpoint'):
+        if stopped or is_best or self._put_off or self._due(step, 'checkpoint') or self._is_time_to_save(step):
             self._put_off = self._in_a_row > 0 and step < self.total
             if not self._put_off:
                 self._save(step, state, val_loss)
@@ -607,7 +655,17 @@ class Trainer:
             self._preview(step, state)
         return stopped, None
 
+    def _is_time_to_save(self, step: int) -> bool:
+        """Whether `checkpoint.every_minutes` have passed, by the clock of process 0."""
+        minutes, alone = self._run.checkpoint.every_minutes, jax.process_count() == 1
+        if not minutes or (not alone and step % self._run.train.log_every_steps):
+            return False
+        is_over = time.monotonic() - self._saved >= 60 * minutes
+        return is_over if alone else bool(multihost_utils.broadcast_one_to_all(np.asarray(is_over)))
+
     def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
+        self._watchdog.at(f'saving step {step}, or at the end of the save before')
+        self._saved = time.monotonic()
         if self._metrics is not None:
             self._metrics.sync()
         self._checkpoints.save(step, state.params, state.optimizer, self.describe(), val_loss, ema=state.ema)
@@ -656,6 +714,7 @@ class Trainer:
         return self.val_loss
 
     def _preview(self, step: int, state: TrainState) -> None:
+        self._watchdog.at(f'the preview of step {step}')
         previews, params = {}, state.params
         if self._settings.params != 'f32':
             params = jax.jit(as_f32)(params)
@@ -756,6 +815,11 @@ def check_multipliers(run: RunConfig, config: GPTConfig) -> None:
 def _layout(tree: Any) -> list[tuple]:
     """Shapes and types of a tree's arrays, whatever classes hold them."""
     return sorted((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
+
+
+def _number(value: float) -> float | None:
+    """As a row has it: JSON has neither infinity nor NaN."""
+    return value if math.isfinite(value) else None
 
 
 # Where a process finds its data: hosts may have them in different places.
