@@ -206,11 +206,10 @@ def compile_step(lower: Callable[[], Any]) -> Compiled:
       jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
     """
     with quiet():
-        lowered = lower()
         try:
-            compiled = lowered.compile()
+            compiled = lower().compile()
             analysis, text = compiled.memory_analysis(), compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:
+        except RuntimeError as error:  # JaxRuntimeError of the compiler, or of jax, which looks for cuDNN as it traces
             if 'cuDNN not found' in str(error):
                 raise InputError(
                     "--topology: this GPU's attention needs cuDNN: pip install -e '.[gpu-aot]', or plan with "

@@ -1,5 +1,6 @@
 import importlib.util
 
+import jax
 import pytest
 
 from gpt_jax.errors import InputError
@@ -22,7 +23,6 @@ def test_a_refusal_is_read_for_what_is_needed_and_what_there_is():
 
 
 def test_an_error_of_another_kind_is_not_taken_for_a_refusal():
-    import jax
 
     class Lowered:
         def compile(self):
@@ -107,3 +107,12 @@ def test_without_the_cuda_plugin_the_extra_is_named():
 def test_an_unknown_topology_is_one_line():
     with pytest.raises(InputError, match=r'--topology=v5e:3x is not one of the TPU compiler'):
         topology.topology_devices('v5e:3x')
+
+
+@pytest.mark.parametrize('error', [RuntimeError, jax.errors.JaxRuntimeError], ids=['tracing', 'compiling'])
+def test_attention_that_needs_cudnn_names_the_extra_whoever_misses_it(error):
+    def lower():
+        raise error('cuDNN not found')
+
+    with pytest.raises(InputError, match=r"needs cuDNN: pip install -e '\.\[gpu-aot\]'"):
+        compile_step(lower)
