@@ -104,14 +104,24 @@ def test_a_sharded_state_restores_in_another_sharding_and_loads_on_one_device(wo
 
 
 @pytest.mark.parametrize(
-    ('keep_latest', 'keep_best', 'left'),
-    [(1, 1, [2, 6]), (2, 1, [2, 5, 6]), (1, 2, [2, 4, 6]), (1, 0, [6]), (1, 9, [1, 2, 4, 5, 6])],
+    ('keep_latest', 'keep_best', 'keep_every_steps', 'left'),
+    [
+        (1, 1, 0, [2, 6]),
+        (2, 1, 0, [2, 5, 6]),
+        (1, 2, 0, [2, 4, 6]),
+        (1, 0, 0, [6]),
+        (1, 9, 0, [1, 2, 4, 5, 6]),
+        (1, 1, 3, [2, 3, 6]),
+        (1, 0, 5, [5, 6]),
+    ],
 )
-def test_the_latest_and_the_best_stay(folder, ckpt, keep_latest, keep_best, left):
+def test_the_latest_and_the_best_stay_and_every_so_many_steps(
+    folder, ckpt, keep_latest, keep_best, keep_every_steps, left
+):
     losses = {1: 5.0, 2: 1.0, 3: None, 4: 2.0, 5: math.nan, 6: 3.0}
     if keep_best == 9:
         losses[5] = 9.0
-    with Checkpoints(folder, keep_latest, keep_best) as checkpoints:
+    with Checkpoints(folder, keep_latest, keep_best, keep_every_steps) as checkpoints:
         assert (checkpoints.latest_step(), checkpoints.best_step(), checkpoints.best_loss()) == (None, None, None)
         for step, loss in losses.items():
             checkpoints.save(step, {'w': jnp.full(2, step)}, None, {}, loss)
