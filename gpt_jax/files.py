@@ -389,7 +389,7 @@ def listing(folder: 'pathlib.Path | Address') -> dict[str, int]:
 
 def remove_folder(folder: pathlib.Path) -> None:
     """Removes `folder`, as far as that is possible, also where threads of a library are still writing to it."""
-    for _ in range(40):
+    for _ in range(200):  # for at most 10 seconds
         shutil.rmtree(folder, ignore_errors=True)
         if not os.path.lexists(folder):
             return

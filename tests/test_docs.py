@@ -38,6 +38,7 @@ NOT_RUN = {
     r'.* --coordinator=': 'needs two hosts; a Python block of SCALING.md runs two processes',
     r'(sbatch |kubectl |TPU=\S+ .*)?launch/|kubectl ': 'needs a cluster; tests/test_launch.py stands in for one',
     r'.*gs://bucket/': 'needs a bucket; tests/storage runs every verb on an emulated one',
+    r'.* --weights=ema ': 'needs a run that keeps an average; tests/verbs reads one',
     r'python -m gpt_jax.prove ': 'starts the program again and again; tests/verbs proves a run of its own',
     r'.* --topology=': 'needs libtpu and minutes; tests/verbs compiles a small step where libtpu is there',
 }
@@ -81,6 +82,8 @@ def stand_ins(verb, arguments):
             'eval.batch_size': 64,
             'preview.max_new_tokens': 4,
         }
+    if 'batch_ramp_tokens' in given:  # sizes that eight devices can have
+        keys |= {'train.batch_size': 16, 'schedule.initial_batch_size': 8}
     if verb == 'main' and 'init_from' not in given:
         keys |= {'model.n_layer': 2, 'model.n_head': 2, 'model.d_model': 32, 'model.block_size': 64}
     if verb in ('main', 'prepare') and 'init_from' not in given:

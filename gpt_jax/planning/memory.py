@@ -193,6 +193,8 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
         )
         for tree in (state.params, state.params['blocks'])
     )
+    if cpu and config.scan_layers and config.has_bands:
+        table += of_blocks  # layers scanned in pairs are cut out of the stack: a copy of it, which the CPU keeps
     before = gradients if placement.accumulation_steps > 1 else 0  # the sum so far
     # The backward pass begins with the loss. A scan then has the gradients of all layers as one array from the start;
     # unrolled, they come as kept activations go: what counts is the larger of both ends.

@@ -403,5 +403,5 @@ def test_moments_of_16_bits_follow_those_of_32():
         for index in range(2):
             _, states[index] = update[index](gradient, states[index], params)
     for name in ('mu', 'nu'):
-        wide, narrow = (getattr(state[1], name)['wte'].astype(jnp.float32).mean() for state in states)
+        wide, narrow = (getattr(state[1], name)['wte'].astype(jnp.float32).mean().item() for state in states)
         assert narrow == pytest.approx(wide, rel=0.01)

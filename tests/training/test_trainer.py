@@ -18,6 +18,7 @@ from gpt_jax.inference import sample_text
 from gpt_jax.parallel import MeshConfig, make_mesh
 from gpt_jax.training import evaluate as evaluation
 from gpt_jax.training import train, trainer
+from gpt_jax.training.speed import OF_THE_CLOCK
 
 
 def read_rows(workdir):
@@ -26,8 +27,7 @@ def read_rows(workdir):
 
 def numbers(workdir):
     """The rows without what a clock measured."""
-    timed = ('time', 'tokens_per_second', 'mfu', 'data_wait_ms')
-    return [{name: value for name, value in row.items() if name not in timed} for row in read_rows(workdir)]
+    return [{name: value for name, value in row.items() if name not in OF_THE_CLOCK} for row in read_rows(workdir)]
 
 
 def snapshot(folder):

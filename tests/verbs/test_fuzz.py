@@ -85,11 +85,11 @@ GENERATE_FLAGS = """
     step prompt prompt_file prompt_lines max_new_tokens stop allow_sliding num_samples batch_size seed cache_dtype mesh
     json echo strategy repetition_penalty no_repeat_ngram_size bad_words min_new_tokens temperature top_k top_p min_p
     typical_p best_of num_beams length_penalty early_stopping num_beam_groups diversity_penalty penalty_alpha
-    draft_checkpoint prompt_lookup draft_tokens parse_special
+    draft_checkpoint prompt_lookup draft_tokens parse_special weights
 """
 FLAGS_OF = {
     'generate': re.findall(r'\w+', GENERATE_FLAGS),
-    'evaluate': ['step', 'text', 'context', 'stride', 'batch_size', 'mesh', 'parse_special'],
+    'evaluate': ['step', 'text', 'context', 'stride', 'batch_size', 'mesh', 'parse_special', 'weights'],
 }
 
 
