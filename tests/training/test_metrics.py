@@ -1,13 +1,11 @@
 import json
-import math
 import struct
-import types
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from gpt_jax.training import logs
-from gpt_jax.training.logs import MetricsLog, Throughput, read_rows
+from gpt_jax.training.logs import MetricsLog, read_rows
+from gpt_jax.training.speed import OF_THE_CLOCK
 
 
 def read_tensorboard(workdir):
@@ -93,10 +91,3 @@ def test_a_run_writes_to_tensorboard_what_it_writes_to_its_rows(finished_run):
     training |= set(OF_THE_CLOCK) - {'time', 'mfu', 'mfu_6n'}  # the peak of a CPU is not known
     validation = {'val_loss', 'val_perplexity', 'val_bits_per_byte'}
     assert tags == {f'train/{name}' for name in training} | {f'validation/{name}' for name in validation}
-
-
-def test_a_lap_that_no_clock_can_measure_is_finite(monkeypatch):
-    monkeypatch.setattr(logs, 'time', types.SimpleNamespace(perf_counter=lambda: 1.0))
-    throughput = Throughput()
-    throughput.start(0)
-    assert math.isfinite(throughput.lap(1, 100)[0])

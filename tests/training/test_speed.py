@@ -48,6 +48,10 @@ def test_rates_leave_out_what_is_not_training(clock):
     assert row['step_ms_max'] == pytest.approx(2000.0)
 
 
+def test_a_lap_that_no_clock_can_measure_is_finite(clock):
+    assert np.isfinite(Throughput().lap(100, CONFIG)['tokens_per_second'])
+
+
 def test_utilisation_has_both_conventions_and_is_null_where_no_data_sheet_is_known(monkeypatch):
     assert model_flops_utilisation(CONFIG, 1e6) == {'mfu': None, 'mfu_6n': None}
     monkeypatch.setitem(speed.DEVICES, jax.devices()[0].device_kind, Device(peak_flops=1e12, memory_bytes=1))

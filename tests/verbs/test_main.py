@@ -100,7 +100,7 @@ def test_the_workdir_is_by_default_named_after_the_config(verb, config, monkeypa
 
     workdirs = []
 
-    def train(config, workdir, sample):
+    def train(config, workdir, *_):
         workdirs.append(workdir)
         raise gpt_jax.errors.InputError('enough')
 
