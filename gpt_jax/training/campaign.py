@@ -36,7 +36,7 @@ from gpt_jax.training.speed import OF_THE_CLOCK
 # What is done to a run, most of all what no program can answer to. A fixed order covers each pair of signal and aim.
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
 AIMS = ('start', 'save', 'steps', 'evaluation', 'save')
-POLL_SECONDS = 0.001  # a save of a small model takes some ten milliseconds
+POLL_SECONDS = 0.003  # a save of a small model takes some ten milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
