@@ -46,7 +46,7 @@ def parse_trackers(text: str) -> list[str]:
 
 def open_tracker(name: str, workdir: pathlib.Path, config: dict[str, Any]) -> Tracker:
     """A service called `name`, which goes on with what it has of the run in `workdir`; `config` is what it shows."""
-    return _SERVICES[name](workdir, config)
+    return _Service(_SERVICES[name](workdir, config))
 
 
 def _identity(workdir: pathlib.Path) -> str:
@@ -70,42 +70,35 @@ def in_groups(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Wandb:
+class _Service:
+    """A run of a library that sends it on from a process or thread of its own."""
+
+    def __init__(self, run: Any):
+        self._run = run
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._run.log(in_groups(row), step=row['step'])
+
+    def sync(self) -> None:
+        pass  # it does so by itself
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb(workdir: pathlib.Path, config: dict[str, Any]) -> Any:
     """Weights & Biases. Its own variables, such as WANDB_PROJECT and WANDB_MODE, are heeded."""
+    import wandb
 
-    def __init__(self, workdir: pathlib.Path, config: dict[str, Any]):
-        import wandb
-
-        folder = None if is_address(workdir) else str(workdir)
-        identity = _identity(workdir)
-        self._run = wandb.init(id=identity, name=workdir.name, dir=folder, config=config, resume='allow')
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._run.log(in_groups(row), step=row['step'])
-
-    def sync(self) -> None:
-        pass  # it has a process of its own
-
-    def close(self) -> None:
-        self._run.finish()
+    folder = None if is_address(workdir) else str(workdir)
+    return wandb.init(id=_identity(workdir), name=workdir.name, dir=folder, config=config, resume='allow')
 
 
-class _Trackio:
+def _trackio(workdir: pathlib.Path, config: dict[str, Any]) -> Any:
     """Trackio, which keeps its runs in a local folder or a Hugging Face space."""
+    import trackio
 
-    def __init__(self, workdir: pathlib.Path, config: dict[str, Any]):
-        import trackio
-
-        self._run = trackio.init('gpt_jax', name=_identity(workdir), config=config, resume='allow', embed=False)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._run.log(in_groups(row), step=row['step'])
-
-    def sync(self) -> None:
-        pass  # it has a process of its own
-
-    def close(self) -> None:
-        self._run.finish()
+    return trackio.init('gpt_jax', name=_identity(workdir), config=config, resume='allow', embed=False)
 
 
-_SERVICES = {'wandb': _Wandb, 'trackio': _Trackio}
+_SERVICES = {'wandb': _wandb, 'trackio': _trackio}
