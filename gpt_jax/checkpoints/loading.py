@@ -41,6 +41,7 @@ from gpt_jax.models import GPT, GPTConfig, huggingface
 from gpt_jax.parallel import tree_shardings
 from gpt_jax.storage import reading_by_others
 
+SHOWN = 3  # of the leaves that differ
 ORBAX_FOLDER = str(pathlib.Path(ocp.__file__).parent)
 
 
@@ -221,23 +222,23 @@ def stored_shapes(step_folder: pathlib.Path, item: str) -> Any:
 def check_tree(step_folder: pathlib.Path, item: str, expected: Any) -> None:
     """Compare names, shapes and dtypes of the tree `expected` with what the checkpoint holds under `item`.
 
-    Raises InputError in one line that names the first leaf that differs.
+    Raises InputError in one line that names the first leaves that differ.
     """
     there, here = _by_name(stored_shapes(step_folder, item)), _by_name(expected)
     where = f'{item} of checkpoint {step_folder}'
     if here and not there:
         raise InputError(f'checkpoint {step_folder} holds no {item}: it can start a run but not resume one')
-    for name in here:
-        if name not in there:
-            raise InputError(f'{where}: {name} is not in it: use the config it was saved with')
+    differences = [f'{name} is not in it' for name in here if name not in there]
     for name, leaf in there.items():
         if name not in here:
-            raise InputError(f'{where}: {name} has no place in this model: use the config it was saved with')
+            differences.append(f'{name} has no place in this model')
+            continue
         for what, saved, wanted in (('shape', leaf.shape, here[name].shape), ('dtype', leaf.dtype, here[name].dtype)):
             if saved != wanted:
-                raise InputError(
-                    f'{where}: {name} has {what} {saved}, this model needs {wanted}: use the config it was saved with'
-                )
+                differences.append(f'{name} has {what} {saved}, this model needs {wanted}')
+    if differences:
+        more = f'; and {len(differences) - SHOWN} more' if len(differences) > SHOWN else ''
+        raise InputError(f'{where}: {"; ".join(differences[:SHOWN])}{more}: use the config it was saved with')
 
 
 def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:

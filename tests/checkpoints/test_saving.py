@@ -253,6 +253,16 @@ def test_a_tree_that_does_not_fit_is_refused_by_name(folder, params, optimizer, 
     assert '\n' not in str(error.value)
 
 
+def test_of_many_differences_the_first_are_named_and_the_rest_counted(folder):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, {name: jnp.ones(2) for name in 'abcde'}, None, {})
+        narrow = {name: SHAPE((1,), 'float32') for name in 'abcde'}
+        with pytest.raises(InputError) as error:
+            checkpoints.restore(1, narrow, None)
+    each = [f'{name} has shape (2,), this model needs (1,)' for name in 'abc']
+    assert f'{"; ".join(each)}; and 2 more: use the config' in str(error.value)
+
+
 def test_a_checkpoint_without_optimizer_loads_but_does_not_resume(folder, ckpt):
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(0, {'w': jnp.ones(2)}, None, {})
