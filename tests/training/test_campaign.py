@@ -40,16 +40,18 @@ def run(tiny_config):
     return parse(tiny_config({'eval.every_steps': 10}))
 
 
-def test_kills_at_random_moments_leave_the_bits_of_a_run_left_alone(experiment, run, tmp_path, monkeypatch):
+def test_fifty_kills_at_random_moments_leave_the_bits_of_a_run_left_alone(experiment, run, tmp_path, monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '')  # one device
     command = [sys.executable, '-m', 'gpt_jax.main', f'--config={experiment}']
-    report = campaign(command, run, tmp_path / 'runs', kills=12, say=print)
+    report = campaign(command, run, tmp_path / 'runs', kills=50, say=print)
     assert report.differences == []
-    assert len(report.kills) == 12
+    assert len(report.kills) == 50
     assert report.arrays >= 30
     assert report.rows >= 120
-    assert {kill.signal.name for kill in report.kills} == {'SIGKILL', 'SIGTERM', 'SIGINT'}
-    assert {kill.phase for kill in report.kills} >= {'start', 'save'}, report.table()
+    hit = {(kill.signal.name, kill.phase) for kill in report.kills}
+    for name in ('SIGKILL', 'SIGTERM', 'SIGINT'):
+        assert {phase for other, phase in hit if other == name} >= {'start', 'save'}, report.table()
+    print(report.table())
 
 
 # A program with a fault: what it draws goes on from 0 where it was killed.
