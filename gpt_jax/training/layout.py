@@ -59,7 +59,7 @@ def layout(run: RunConfig, config: GPTConfig, mesh: Mesh) -> dict[str, list[Line
     )
     return {
         'parameters': list(_lines(state.params)),
-        'optimizer': list(_lines(state.optimizer)),
+        'optimizer': list(_lines(state.optimizer | ({} if state.ema is None else {'ema': state.ema}))),
         'batch': list(_lines(batch)),
         'activations': list(dict.fromkeys(activations)),
     }

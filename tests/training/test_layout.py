@@ -16,6 +16,7 @@ WIDTH, MLP, VOCAB, F32 = 32, 128, 256, 4
 @pytest.fixture(scope='module')
 def found(tiny_config):
     changes = {'data.mask_documents': True, 'precision.compute': 'bf16', 'train.accumulation_steps': 2}
+    changes['optimizer.ema_decay'] = 0.9
     run = resolve(tiny_config(changes | {'model.attention_dropout': 0.0}))
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, context=2), jax.devices())
     return layout(run, planned_model(run), mesh), mesh
@@ -45,6 +46,8 @@ def test_the_sums_are_those_of_the_model(found):
     assert sum(line.bytes_per_device for line in found[0]['parameters']) == parameters
     moments = [line for line in found[0]['optimizer'] if '/mu/' in line.name or '/nu/' in line.name]
     assert sum(line.bytes_per_device for line in moments) == 2 * parameters
+    average = [line for line in found[0]['optimizer'] if line.name.startswith('ema/')]
+    assert sum(line.bytes_per_device for line in average) == parameters
 
 
 def test_activations_are_those_of_a_micro_batch_by_their_logical_names(found):
