@@ -34,6 +34,8 @@ from gpt_jax.storage import Address, StorageError, check_reachable, local_copy
 
 META_FILE = 'meta/metadata'  # where orbax puts the JSON item named `meta`
 ITEMS = ('params', 'optimizer', 'ema', 'meta')
+# Beside the items of a step that was saved before its evaluation was done, by a signal: its validation loss.
+LATE_LOSS_FILE = 'val_loss.json'
 META_FORMAT = 1  # raised when an older gpt_jax would misread a record; records without a `format` are of format 1
 NAME_ONE = 'give a workdir, a checkpoints/STEP folder or a Hugging Face directory'
 TRIES = 5
@@ -312,7 +314,21 @@ def read_step_meta(step_folder: pathlib.Path) -> dict[str, Any]:
     written = meta.get('format', 1)
     if not isinstance(written, int) or written > META_FORMAT:
         raise InputError(f'{step_folder}: format={written!r} of its record is unknown; {_update(meta)}')
+    if meta.get('val_loss') is None and (late := _late_loss(step_folder)) is not None:
+        meta['val_loss'] = late
     return meta
+
+
+def _late_loss(step_folder: pathlib.Path) -> float | None:
+    """What `Checkpoints.record_loss` has written; None where it has not, or the file is damaged."""
+    path = step_folder / LATE_LOSS_FILE
+    try:
+        loss = read_json(path)['val_loss'] if path.is_file() else None
+    except StorageError:
+        raise
+    except (InputError, KeyError, TypeError):  # a loss is no more than what tells the best of several steps
+        return None
+    return loss if isinstance(loss, float) else None
 
 
 def read_model_config(meta: dict[str, Any], where: str | os.PathLike = 'the checkpoint') -> GPTConfig:

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from gpt_jax.checkpoints import committing, verifying
 from gpt_jax.checkpoints.finding import (
+    LATE_LOSS_FILE,
     describe_save,
     finished_steps,
     is_checkpoint,
@@ -37,7 +38,7 @@ from gpt_jax.checkpoints.finding import (
 )
 from gpt_jax.checkpoints.loading import check_tree, leaf_name, orbax_path, read_items
 from gpt_jax.errors import InputError
-from gpt_jax.files import WriteError, as_path, is_address, system_error
+from gpt_jax.files import WriteError, as_path, is_address, replacing, system_error
 from gpt_jax.storage import reading_by_others
 
 DAMAGED = 'damaged'
@@ -262,6 +263,12 @@ class Checkpoints:
         meta = self.read_meta(step)
         restored = read_items(step_folder, params=params, optimizer=optimizer)
         return restored['params'], restored['optimizer'], meta
+
+    def record_loss(self, step: int, val_loss: float) -> None:
+        """Adds the validation loss of a finished step that was saved before it was known; in process 0."""
+        if jax.process_index() == 0 and self.read_meta(step)['val_loss'] is None:
+            with replacing(self.folder / str(step) / LATE_LOSS_FILE) as file:
+                file.write(json.dumps({'val_loss': val_loss}).encode())
 
     def steps(self) -> list[int]:
         """The finished steps on disk, in ascending order; a save still in flight is not among them."""

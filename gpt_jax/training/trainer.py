@@ -609,6 +609,9 @@ class Trainer:
                 stopped, diverged = self._follow_up(self.start, state, stop, stopped=False)
                 if diverged is not None:
                     raise InputError(f'{diverged.reason}, that of the checkpoint: remove it, and an older one is used')
+                if self.val_loss is not None:
+                    # It was saved without, when a signal broke the evaluation off, and may yet be the best.
+                    self._checkpoints.record_loss(self.start, self.val_loss)
                 return stopped
             if self._due(self.start, 'preview') and self.start not in self._samples.steps:
                 self._preview(self.start, state)

@@ -133,6 +133,20 @@ def test_the_latest_and_the_best_stay_and_every_so_many_steps(
         assert (checkpoints.best_step(), checkpoints.best_loss()) == best
 
 
+def test_a_loss_that_is_known_later_tells_the_best_as_any_other(folder):
+    with Checkpoints(folder, keep_latest=9) as checkpoints:
+        for step, loss in ((1, 3.0), (2, None), (3, 2.0)):
+            checkpoints.save(step, {'w': jnp.ones(2)}, None, {}, loss)
+        checkpoints.wait()
+        checkpoints.record_loss(2, 1.0)
+        checkpoints.record_loss(3, 0.5)  # known already, and so left
+        assert (checkpoints.best_step(), checkpoints.best_loss()) == (2, 1.0)
+        assert load(folder).step == 2
+    for damage in ('', '{"val_loss": "low"}', '[1.0]'):
+        (folder / '2' / 'val_loss.json').write_text(damage, encoding='utf-8')
+        assert Checkpoints(folder).best_step() == 3
+
+
 @pytest.mark.parametrize('diverged', [math.nan, math.inf, -math.inf])
 def test_a_diverged_loss_is_never_the_best_and_is_stored_as_json(folder, diverged):
     with Checkpoints(folder) as checkpoints:

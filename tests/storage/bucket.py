@@ -8,6 +8,7 @@ import functools
 import http.server
 import json
 import logging
+import re
 import threading
 import urllib.parse
 
@@ -15,6 +16,7 @@ import pytest
 
 pytest.importorskip('gcsfs')
 emulator = pytest.importorskip('gcp_storage_emulator.server')
+from gcp_storage_emulator.exceptions import NotFound  # noqa: E402
 from gcp_storage_emulator.handlers import buckets, objects  # noqa: E402
 from gcp_storage_emulator.storage import Storage  # noqa: E402
 
@@ -54,9 +56,18 @@ class Handler(emulator.RequestHandler):
             return None
         try:
             there = self.storage.get_file_obj(NAME, name)['generation']
-        except Exception:
+        except NotFound:
             there = '0'
         return None if there == expected else 412
+
+    def end_headers(self):
+        """With the generation of an object that is read, which a conditional write of it names."""
+        object_read = re.fullmatch(r'(?:/storage/v1)?/b/[^/]+/o/([^?]+)\?(?:.*&)?alt=media(?:&.*)?', self.path)
+        if self.command == 'GET' and object_read:
+            with contextlib.suppress(NotFound):
+                there = self.storage.get_file_obj(NAME, urllib.parse.unquote(object_read[1]))
+                self.send_header('x-goog-generation', there['generation'])
+        super().end_headers()
 
     def do_GET(self):  # noqa: N802
         self._answer('GET', super().do_GET)

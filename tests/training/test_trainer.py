@@ -255,7 +255,9 @@ def test_a_run_stopped_during_its_last_evaluation_is_not_finished(tiny_config, t
         patch.setattr(trainer, 'evaluate', interrupted)
         first = train(tiny_config({'eval.every_steps': 0}), tmp_path)
     assert (first.step, first.val_loss) == (6, None)
-    assert train(tiny_config({'eval.every_steps': 0}), tmp_path).val_loss is not None
+    val_loss = train(tiny_config({'eval.every_steps': 0}), tmp_path).val_loss
+    assert val_loss is not None
+    assert load(tmp_path).meta['val_loss'] == val_loss  # by which it may be the best, too
     assert [row['step'] for row in read_rows(tmp_path) if 'val_loss' in row] == [6]
 
 
