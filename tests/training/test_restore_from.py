@@ -140,7 +140,9 @@ def test_a_fork_of_a_fork_that_was_stopped_and_made_longer_has_the_bits_of_one_r
 # With a config of its own
 
 
-def test_state_arrives_on_another_mesh_in_another_precision_and_counts_on(forked, source, tmp_path):
+def test_state_arrives_on_another_mesh_in_another_precision_and_counts_on_and_goes_back_to_the_first(
+    forked, source, tmp_path
+):
     changes = {
         'mesh.data': 1,
         'mesh.fsdp': 4,
@@ -169,23 +171,19 @@ def test_state_arrives_on_another_mesh_in_another_precision_and_counts_on(forked
     assert (state.loss_scale.scale.item(), state.spikes.losses.tolist()) == (65536.0, [0.0] * 5)
     np.testing.assert_array_equal(state.ema['wte'], narrow(there['params/wte']).astype(np.float32))
 
-
-@pytest.mark.slow
-def test_narrow_numbers_become_wide_and_an_average_is_taken_along_or_left(tiny_config, tmp_path):
-    narrow = {'precision.moments': 'bf16', 'precision.params': 'bf16', 'precision.compute': 'fp16'}
-    keys = narrow | {'optimizer.ema_decay': 0.9, 'train.spike_loss_deviations': 9.0, 'train.steps': 2}
-    train(tiny_config(keys | {'schedule.warmup_steps': 1}), tmp_path / 'narrow')
-    there = arrays(tmp_path / 'narrow' / 'checkpoints' / '2', 'params', 'optimizer', 'ema')
-    assert there['params/wte'].dtype == jnp.bfloat16
-    config = tiny_config({'checkpoint.restore_from': str(tmp_path / 'narrow'), 'optimizer.ema_decay': 0.5})
-    state = begun(config, tmp_path / 'wide').first_state()
+    # And from there to a run as the first one was.
+    with Checkpoints(tmp_path / 'narrow' / 'checkpoints') as checkpoints:
+        checkpoints.save(3, state.params, state.optimizer, trainer.describe(), ema=state.ema)
+    there = arrays(tmp_path / 'narrow' / 'checkpoints' / '3', 'params', 'optimizer', 'ema')
+    assert there['params/wte'].dtype == there['optimizer/opt_state/1/nu/wte'].dtype == jnp.bfloat16
+    state = begun(forked({'optimizer.ema_decay': 0.5}, path=tmp_path / 'narrow'), tmp_path / 'wide').first_state()
     found = by_name({'params': state.params, 'optimizer': {'opt_state': state.opt_state}, 'ema': state.ema})
     assert {str(array.dtype) for array in found.values()} == {'float32', 'int32'}
     for name, array in found.items():
         np.testing.assert_array_equal(array, there[name].astype(array.dtype), err_msg=name)
     assert (state.loss_scale, state.spikes) == (None, None)
-    without = tiny_config({'checkpoint.restore_from': str(tmp_path / 'narrow')})
-    assert begun(without, tmp_path / 'without').first_state().ema is None
+    # An average that nobody asks for is left there.
+    assert begun(forked(path=tmp_path / 'narrow'), tmp_path / 'without').first_state().ema is None
 
 
 # Half the batch, another peak, another schedule, and a longer one.
@@ -221,14 +219,6 @@ def test_the_rate_is_that_of_its_own_schedule_and_what_differs_is_said_and_recor
     assert 'data' not in said
 
 
-@pytest.mark.slow
-def test_tokens_are_those_that_both_runs_have_read(forked, tmp_path):
-    train(forked(CHANGED), tmp_path)
-    (row,) = [row for row in rows(tmp_path) if 'loss' in row]
-    assert (row['step'], row['tokens']) == (4, 32 * (3 * 16 + 8))
-    assert row['learning_rate'] == pytest.approx(3e-3 * (1 - 0.9 * 1 / 10), rel=1e-6)
-
-
 def test_rows_follow_each_other_whatever_the_batches_were_and_what_was_left_out_stays_so(forked, source, tmp_path):
     def left_out(meta):
         meta['went_back'] = [{'from': 3, 'to': 0, 'rows_left_out': 48}]
@@ -257,15 +247,17 @@ def test_other_text_is_cut_by_the_tokenizer_of_that_run(forked, source, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_wrong_before_it_has_saved_goes_back_to_the_other_one_once(forked, source, tmp_path, capsys):
-    config = forked({'optimizer.learning_rate': 1e30, 'train.max_skipped_in_a_row': 1, 'optimizer.clip_norm': 0.0})
-    message = refusal(train, config, tmp_path)
+def test_tokens_are_those_of_both_runs_and_one_that_goes_wrong_before_it_has_saved_goes_back_to_the_other_once(
+    forked, source, tmp_path, capsys
+):
+    wild = {'optimizer.learning_rate': 1e30, 'optimizer.clip_norm': 0.0, 'train.max_skipped_in_a_row': 1}
+    message = refusal(train, forked(CHANGED | wild | {'train.steps': 6}), tmp_path)
     assert 'the run had gone back already, from step 5 to step 3; no checkpoint had been saved yet' in message
-    assert (
-        f'going back to step 3 of {source / "checkpoints" / "3"}, as there is no checkpoint yet'
-        in capsys.readouterr().out
-    )
-    assert {row['step'] for row in rows(tmp_path)} == {4, 5}
+    said = f'going back to step 3 of {source / "checkpoints" / "3"}, as there is no checkpoint yet'
+    assert said in capsys.readouterr().out
+    # Three steps of 16 there, and here of 8.
+    assert [(row['step'], row['tokens']) for row in rows(tmp_path)] == [(4, 32 * (48 + 8)), (5, 32 * (48 + 16))]
+    assert rows(tmp_path)[0]['learning_rate'] == pytest.approx(1e30 * (1 - 0.9 * 1 / 10), rel=1e-6)
 
 
 # Params alone
