@@ -241,6 +241,8 @@ class Trainer:
         check_mesh(run, self.mesh.shape, planned)
         check_memory(run, planned, self.mesh)
         check_multipliers(run, planned)
+        if run.train.steps is not None:  # else the data tell how long it is
+            self._check_steps_are_left(run.train.steps)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         alike = {
             'data': self.data.fingerprint,
@@ -299,13 +301,8 @@ class Trainer:
         Raises:
           InputError: no step is left, or a newer gpt_jax wrote the checkpoint.
         """
-        step, meta, total = self.start, other.meta, self.lengths.total
-        where = f'checkpoint.restore_from={other.path}'
-        if step >= total:
-            raise InputError(
-                f'{where}: the run there has come to step {step}, and this one ends at step {total}: nothing is left '
-                'to do; give a train.steps above that, or name an earlier checkpoints/STEP'
-            )
+        self._check_steps_are_left(self.lengths.total)
+        step, meta, where = self.start, other.meta, f'checkpoint.restore_from={other.path}'
         run_before, lengths_before = read_record(meta['config'], where), Lengths(**meta['lengths'])
         restored, went_back = meta.get('restore_from') or {}, meta.get('went_back') or [{'rows_left_out': 0}]
         rows = batch_sizes(run_before).rows_before(step) + restored.get('rows_ahead', 0)
@@ -332,6 +329,15 @@ class Trainer:
             others.append(f"the end of the schedule's decay: step {lengths_before.decay} -> {self.lengths.decay}")
         differs = f'; other than there: {", ".join(others)}' if others else ''
         self.say(f'restoring step {step} of {other.path}, with its optimizer{differs}')
+
+    def _check_steps_are_left(self, total: int) -> None:
+        """Raises InputError where the run that this one goes on from has come to its end of `total` steps."""
+        if self._other is not None and self.start >= total:
+            raise InputError(
+                f'checkpoint.restore_from={self._other.path}: the run there has come to step {self.start}, and this '
+                f'one ends at step {total}: nothing is left to do; give a train.steps above that, or name an earlier '
+                'checkpoints/STEP'
+            )
 
     def is_finished(self) -> bool:
         """Whether all steps are taken, and what follows the last one is done."""
