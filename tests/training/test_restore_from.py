@@ -140,6 +140,7 @@ def test_a_fork_of_a_fork_that_was_stopped_and_made_longer_has_the_bits_of_one_r
 # With a config of its own
 
 
+@pytest.mark.slow
 def test_state_arrives_on_another_mesh_in_another_precision_and_counts_on_and_goes_back_to_the_first(
     forked, source, tmp_path
 ):
