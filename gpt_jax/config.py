@@ -83,6 +83,8 @@ MOST_IDS = 2**31 - 128
 # Far beyond any model's, so that a slip of the keyboard does not keep a machine busy; whether a model fits a machine is
 # asked before it is built.
 MOST_LAYERS, MOST_WIDTH, MOST_EXPANSION = 1000, 2**24, 1024
+# Seconds, three years: what threads can be told to wait is some hundred times as long.
+MOST_WAIT = 1e8
 # Below it float32 has no whole precision, and processors take it for 0.
 LEAST_EPSILON = 1e-37
 # What is nearer to 1 is 1 in float32, and Adam then divides by 1 - 1.
@@ -330,6 +332,7 @@ class TrainConfig(_Section):
         'without progress, after which a line on standard error says what the run is at; 0.0: never',
         resume=True,
         least=0,
+        most=MOST_WAIT,
     )
     ends_when_hung: bool = key(
         False, 'the process then ends with status 1, for a loop that starts it again', resume=True
@@ -419,7 +422,7 @@ class RunConfig:
     preview: PreviewConfig
 
     def check(self) -> None:
-        """Raises InputError, naming the keys, where two keys contradict each other."""
+        """Raises InputError, naming the keys, where two contradict each other, or one says something of nothing."""
         for (section, length), names in LENGTHS.items():
             values = {name: getattr(getattr(self, section), name) for name in names}
             given = [f'{section}.{name}={value}' for name, value in values.items() if value is not None]
@@ -431,6 +434,12 @@ class RunConfig:
         if batch_size is not None and batch_size % accumulation_steps:
             raise InputError(
                 f'train.batch_size={batch_size} is not divisible by train.accumulation_steps={accumulation_steps}'
+            )
+        schedule = self.schedule
+        if schedule.initial_batch_size is not None and schedule.batch_ramp_tokens is None:
+            raise InputError(
+                f'schedule.initial_batch_size={schedule.initial_batch_size}: from there the batch does not grow; give '
+                'schedule.batch_ramp_tokens, the length over which it does, or leave it out'
             )
 
     def with_one_beginning(self) -> 'RunConfig':
@@ -446,6 +455,11 @@ class RunConfig:
             if checkpoint.restore_items != 'all':
                 raise InputError(
                     f'checkpoint.restore_items={checkpoint.restore_items}: of which run? Give checkpoint.restore_from'
+                )
+            if train.init_from is None and train.init_weights != 'raw':
+                raise InputError(
+                    f'train.init_weights={train.init_weights}: of which checkpoint? Give train.init_from, or '
+                    'checkpoint.restore_from with checkpoint.restore_items=params'
                 )
             return self
         if train.init_from is not None:

@@ -60,9 +60,10 @@ def main() -> None:
     # Nothing is run: devices that are here stay free for others.
     jax.config.update('jax_platforms', 'cpu')
     from gpt_jax import planning
+    from gpt_jax.models import attention_kernels
     from gpt_jax.training import prefer_overrides, resolve
     from gpt_jax.training.recipe import planned_model
-    from gpt_jax.training.step import check_mesh
+    from gpt_jax.training.step import check_mesh, check_multipliers
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     run = resolve(config)
@@ -82,13 +83,22 @@ def main() -> None:
         if placement.mesh not in states:
             known = next(iter(states.values()), None)
             states[placement.mesh] = _abstract_state(run, placement) if known is None else _moved(known, placement)
-        return planning.training_memory(placement, states[placement.mesh], compiler == 'cpu')
+        return planning.training_memory(
+            placement, states[placement.mesh], cpu=compiler == 'cpu', documents=run.data.mask_documents
+        )
 
     def compiled(placement: planning.Placement) -> dict[str, Any]:
         answer = planning.compile_step(lambda: _lower_step(run, placement, devices))
-        return planning.compiled_section(TOPOLOGY.value, answer, limit, placement, device)
+        kernels = attention_kernels(
+            placement.config,
+            devices[0],
+            documents=run.data.mask_documents,
+            time_is_split=placement.mesh.context > 1,
+        )
+        return planning.compiled_section(TOPOLOGY.value, answer, limit, placement, device, kernels)
 
     model, found = planned_model(run), None
+    check_multipliers(run, model)
     if SEARCH.value:
         placement, found = _search(run, model, count, device, devices and compiled, memory)
     else:
@@ -141,12 +151,9 @@ def _search(
         )
     started = time.monotonic()
 
-    def trainable(placement: planning.Placement) -> planning.Memory | None:
-        try:
-            check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh), placement.config)
-            return memory(placement)
-        except InputError:  # an axis that divides something else of the model
-            return None
+    def trainable(placement: planning.Placement) -> planning.Memory:
+        check_mesh(_planned_run(run, placement), dataclasses.asdict(placement.mesh), placement.config)
+        return memory(placement)
 
     shape = planning.torus(TOPOLOGY.value) if TOPOLOGY.value else ()
     ranking, tried = planning.search(model, run.train.batch_size, count, device, trainable, shape)
@@ -230,23 +237,19 @@ def _moved(state: Any, placement: 'planning.Placement') -> Any:
 
 def _lower_step(run: 'RunConfig', placement: 'planning.Placement', devices: 'Sequence[jax.Device]') -> Any:
     """The real training step, lowered for `devices`."""
-    import jax
-    import jax.numpy as jnp
     import optax
 
     from gpt_jax.models import GPT
-    from gpt_jax.parallel import batch_sharding, make_mesh
+    from gpt_jax.parallel import make_mesh
     from gpt_jax.training.optimizer import make_optimizer
-    from gpt_jax.training.step import StepSettings, make_train_step
+    from gpt_jax.training.step import StepSettings, abstract_batch, make_train_step
 
     config, mesh = placement.config, make_mesh(placement.mesh, devices)
     schedule = optax.constant_schedule(run.optimizer.learning_rate)
     optimizer = make_optimizer(run.optimizer, schedule, run.precision.moments)
     count, settings = placement.accumulation_steps, StepSettings.of(run)
     step = make_train_step(GPT(config), optimizer, schedule, mesh, count, run.train.seed, settings)
-    shape = (placement.batch_size, config.block_size)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    return step.lower(_abstract_state(run, placement, mesh), {'tokens': tokens, 'targets': tokens})
+    return step.lower(_abstract_state(run, placement, mesh), abstract_batch(run, config.block_size, mesh))
 
 
 def _check_flags() -> None:

@@ -166,6 +166,7 @@ IMPOSSIBLE = {
     'data.num_workers': (0, 10**9),
     'data.validation_fraction': (0.0, 1.0, math.nan),
     'train.init_from': ('',),
+    'train.hang_seconds': (-1.0, 1e12),
     'checkpoint.restore_from': ('',),
     'checkpoint.restore_items': ('optimizer', ''),
 }

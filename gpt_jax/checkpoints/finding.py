@@ -55,6 +55,7 @@ class Resolved:
       workdir: the workdir around it, where there is one.
       chosen_from: the folder of which it is the best or the latest step; None where the user named the step itself.
       weights: which are read of it: 'raw', or 'ema', their average (`optimizer.ema_decay`).
+      asked_with: the flag or key that says which, for messages.
     """
 
     folder: pathlib.Path
@@ -62,6 +63,7 @@ class Resolved:
     workdir: pathlib.Path | None
     chosen_from: pathlib.Path | None = dataclasses.field(default=None, compare=False)
     weights: str = 'raw'
+    asked_with: str = dataclasses.field(default='--weights', compare=False)
 
     @property
     def huggingface(self) -> bool:
@@ -90,19 +92,22 @@ class PretrainedWeights:
     meta: dict[str, Any] | None = None
 
 
-def resolve(path: str | os.PathLike, step: int | None = None, weights: str = 'raw') -> Resolved:
+def resolve(
+    path: str | os.PathLike, step: int | None = None, weights: str = 'raw', asked_with: str = '--weights'
+) -> Resolved:
     """Find the checkpoint that `path` names.
 
     That is a workdir, its `checkpoints` folder, a step folder anywhere, or a Hugging Face directory.
 
     Of several steps, the one of the lowest validation loss is taken, where any has one, else the latest; `step` names
     another. Steps whose record is damaged are left out, with a warning. `weights` are 'raw', or 'ema': the average that
-    a run with `optimizer.ema_decay` keeps. Raises InputError when the path does not exist, is an address, holds no good
-    checkpoint, or lacks that step or these weights.
+    a run with `optimizer.ema_decay` keeps; `asked_with` is the flag or key that said which, for messages. Raises
+    InputError when the path does not exist, is an address, holds no good checkpoint, or lacks that step or these
+    weights.
     """
     found = _resolve(path, step)
     if weights != 'raw':
-        found = dataclasses.replace(found, weights=weights)
+        found = dataclasses.replace(found, weights=weights, asked_with=asked_with)
         check_weights(found)
     return found
 
@@ -112,7 +117,7 @@ def check_weights(found: Resolved) -> None:
     if found.weights != 'raw' and not (found.folder / found.weights).is_dir():
         raise InputError(
             f'{found.folder} holds no average of its parameters (a run keeps one with optimizer.ema_decay): '
-            'leave --weights=ema out, or name another step'
+            f'leave {found.asked_with}={found.weights} out, or name another step'
         )
 
 
@@ -201,7 +206,9 @@ def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
         else:
             tries -= 1
         try:
-            found = dataclasses.replace(_choose(folder, folder, damaged)[0], weights=found.weights)
+            found = dataclasses.replace(
+                _choose(folder, folder, damaged)[0], weights=found.weights, asked_with=found.asked_with
+            )
         except InputError:
             if not damaged:
                 raise
@@ -215,15 +222,15 @@ def while_there(found: Resolved, read: Callable[[Resolved], T]) -> T:
     )
 
 
-def find_weights(path: str | os.PathLike, weights: str = 'raw') -> PretrainedWeights:
+def find_weights(path: str | os.PathLike, weights: str = 'raw', asked_with: str = '--weights') -> PretrainedWeights:
     """The weights that `path` names, as `resolve` finds them, with architecture and tokenizer; no array is read.
 
     In a run of several processes every process makes this call, and all are given the step that process 0 chose.
     Raises InputError as `resolve` and `read_meta`, and `read_model_config`.
     """
-    found = resolve(path, weights=weights)
+    found = resolve(path, None, weights, asked_with)
     if jax.distributed.is_initialized() and found.chosen_from is not None:
-        found = resolve(path, int(multihost_utils.broadcast_one_to_all(np.int32(found.step))), weights)
+        found = resolve(path, int(multihost_utils.broadcast_one_to_all(np.int32(found.step))), weights, asked_with)
 
     def describe(found: Resolved) -> PretrainedWeights:
         meta = read_meta(found)

@@ -146,7 +146,7 @@ class Memory:
       parameters, optimizer, gradients: exact.
       kept: activations kept for the backward pass, of all layers.
       working: what one layer's backward pass, or the loss, holds besides.
-      batch: token ids.
+      batch: token ids, and with a document mask their positions and documents.
       overlap: 0 or negative: gradients of layers that come only where kept activations, or the loss, are gone.
     """
 
@@ -164,7 +164,7 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memory:
+def training_memory(placement: Placement, state: Any, cpu: bool = False, documents: bool = False) -> Memory:
     """The memory of one device.
 
     Args:
@@ -172,6 +172,7 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
       state: the training state (`params`, `opt_state`, `ema`) as sharded ShapeDtypeStructs.
       cpu: as XLA's CPU backend does it: numbers of 16 bits are held as 32, and where layers are unrolled it merges what
         rematerialisation makes again with what was made before, so that nothing is saved; the loss has small chunks.
+      documents: whether the batch has `positions` and `documents` of its tokens, beside these and the targets.
     """
     config, mesh = placement.config, placement.mesh
     if cpu and not config.scan_layers:
@@ -203,7 +204,8 @@ def training_memory(placement: Placement, state: Any, cpu: bool = False) -> Memo
     widened = gradients if parameters < gradients else 0
     working = table + max(loss, layer) + widened
     overlap = max(start, gradients) + widened - (gradients + kept + working)
-    token_ids = 2 * 4 * placement.batch_size // placement.split * config.block_size // mesh.context
+    arrays = 4 if documents else 2
+    token_ids = arrays * 4 * placement.batch_size // placement.split * config.block_size // mesh.context
     estimates = map(int, (kept, working, token_ids, overlap))
     return Memory(parameters, sharded_bytes((state.opt_state, state.ema)), gradients + before, *estimates)
 

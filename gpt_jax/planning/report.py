@@ -79,11 +79,17 @@ def cost_section(
 
 
 def compiled_section(
-    topology: str, compiled: Compiled, limit: int | None, placement: Placement, device: Device | None
+    topology: str,
+    compiled: Compiled,
+    limit: int | None,
+    placement: Placement,
+    device: Device | None,
+    attention: Sequence[str],
 ) -> dict[str, Any]:
     """What the compiler said, in bytes on each device; where it did not refuse, held against `limit`.
 
-    With `program`, what the compiled step does: its collectives, and on GPUs its kernels and a roofline.
+    With the kernels that `attention` was given (`models.attention_kernels`), and with `program`, what the compiled step
+    does: its collectives, and on GPUs its kernels and a roofline.
     """
     sizes = {f'{name}_bytes': size for name, size in dataclasses.asdict(compiled).items() if name != 'text'}
     if compiled.available is None and limit is not None and compiled.needed > limit:
@@ -91,6 +97,7 @@ def compiled_section(
     compiler = f'the {topology_compiler(topology).upper()} compiler'
     devices = describe(topology, placement.devices)
     section = {'topology': topology, 'devices': devices, 'compiler': compiler, 'fits': sizes['available_bytes'] is None}
+    section['attention'] = list(attention)
     return section | sizes | {'program': _program_section(topology, compiled.text, placement, device)}
 
 
@@ -243,11 +250,12 @@ def _compiled(plan: Plan) -> list[str]:
     if found is None:
         return []
     title = f'Memory of a device, by {found["compiler"]} ({found["topology"]}, {found["devices"]})'
+    kernels = _row('attention', ' and '.join(found['attention']))
     if found['fits']:
         rows = [_row(name, size(found[f'{name}_bytes'])) for name in ('arguments', 'outputs', 'temporaries')]
-        return [title, *rows, _row('total', size(found['needed_bytes']), 'it fits')]
+        return [title, *rows, _row('total', size(found['needed_bytes']), 'it fits'), kernels]
     what = 'temporaries alone' if found['temporaries_bytes'] else 'total'
-    return [title, _row(what, size(found['needed_bytes']), _verdict(found))]
+    return [title, _row(what, size(found['needed_bytes']), _verdict(found)), kernels]
 
 
 def _program(plan: Plan) -> list[str]:

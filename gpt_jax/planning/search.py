@@ -76,7 +76,7 @@ def search(
     batch_size: int,
     devices: int,
     device: Device,
-    memory: Callable[[Placement], Memory | None],
+    memory: Callable[[Placement], Memory],
     torus: Sequence[int] = (),
 ) -> tuple[list[Candidate], int]:
     """What fits, the fastest first, and the number of those that were tried; where none fits the smallest alone.
@@ -84,15 +84,22 @@ def search(
     Args:
       config, batch_size: what is trained.
       devices, device, torus: how many, what one is, and how TPUs are joined.
-      memory: the estimate of a placement; None where it cannot be trained.
+      memory: the estimate of a placement; raises InputError, with the reason, where it cannot be trained.
 
     Raises:
-      InputError: there is no mesh at all.
+      InputError: there is no mesh at all, or none that can be trained.
     """
-    tried = []
+    tried, problem = [], None
     for placement in placements(config, batch_size, devices, 1 if device.per_host else TPU_TILE_ROWS):
-        if (needed := memory(placement)) is not None:
-            tried.append(Candidate(placement, needed, step_time(placement, device, torus)))
+        try:
+            needed = memory(placement)
+        except InputError as error:  # an axis that divides something else of the model, or another batch of the run
+            problem = error
+            continue
+        tried.append(Candidate(placement, needed, step_time(placement, device, torus)))
+    if not tried and problem is not None:
+        # The last mesh has the most devices along tensor, and asks least of the batches that data and fsdp split.
+        raise InputError(f'--search: none of the meshes of {devices} devices can train it. Of the last one: {problem}')
     if not tried:
         raise InputError(
             f'--search: no mesh of {devices} devices divides the batch of train.batch_size={batch_size} sequences and '

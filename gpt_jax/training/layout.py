@@ -12,9 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gpt_jax.config import RunConfig
 from gpt_jax.models import GPT, GPTConfig
-from gpt_jax.parallel import batch_sharding, logical_spec, path_name, recorded_activations
+from gpt_jax.parallel import logical_spec, path_name, recorded_activations
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.step import StepSettings, abstract_state, make_train_step
+from gpt_jax.training.step import StepSettings, abstract_batch, abstract_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,7 @@ def layout(run: RunConfig, config: GPTConfig, mesh: Mesh) -> dict[str, list[Line
     settings = StepSettings.of(run)
     optimizer = make_optimizer(run.optimizer, schedule, run.precision.moments, run.train.seed)
     state = abstract_state(model, optimizer, mesh, settings)
-    names = ('tokens', 'targets', *(('positions', 'documents') if run.data.mask_documents else ()))
-    shape = (run.train.batch_size, config.block_size)
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh)) for name in names}
+    batch = abstract_batch(run, config.block_size, mesh)
     step = make_train_step(model, optimizer, schedule, mesh, run.train.accumulation_steps, run.train.seed, settings)
     with recorded_activations() as found:
         step.trace(state, batch)

@@ -297,7 +297,7 @@ def find_initial_weights(
     record = (recorded or {}).get('init_from') or {}
     try:
         if record.get('path') != path:
-            return checkpoints.find_weights(path, weights)
+            return checkpoints.find_weights(path, weights, asked_with='train.init_weights')
         model = checkpoints.read_model_config(recorded | record, 'the checkpoint of this run')
         return checkpoints.PretrainedWeights(path, None, model, Tokenizer.from_json(recorded['tokenizer']))
     except InputError as error:

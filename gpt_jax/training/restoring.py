@@ -88,6 +88,8 @@ def initial_params(weights: PretrainedWeights, mesh: Mesh, block_size: int) -> t
         'sha256': fingerprint(loaded),
     }
     what = 'a Hugging Face directory' if from_huggingface else f'step {loaded.step}'
+    if weights.found.weights == 'ema':
+        what += ', the average of its parameters'
     params, positions = loaded.params, len(loaded.params['wpe'])
     if block_size < positions:
         what += f', the first {block_size} of its {positions} positions'

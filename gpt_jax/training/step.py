@@ -167,6 +167,13 @@ def abstract_state(
     )
 
 
+def abstract_batch(run: RunConfig, block_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a run's training step as ShapeDtypeStructs: what arrays there are decides what program it is."""
+    names = ('tokens', 'targets', *(('positions', 'documents') if run.data.mask_documents else ()))
+    shape = (run.train.batch_size, block_size)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh)) for name in names}
+
+
 def init_state(
     model: GPT,
     optimizer: optax.GradientTransformation,

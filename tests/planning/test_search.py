@@ -56,7 +56,19 @@ def test_the_fastest_that_fits_comes_first_and_where_none_fits_the_smallest():
     assert len(ranking) < tried == len(list(placements(MODEL, 64, 32)))
     (smallest,), _ = search(MODEL, 64, 32, H100, lambda p: memory(1e12 + p.rows))
     assert smallest.placement.rows == 1
-    assert search(MODEL, 64, 32, H100, lambda p: memory(1) if p.mesh.fsdp == 4 else None)[0][0].placement.mesh.fsdp == 4
+
+    def only(mesh_fsdp):
+        def estimate(placement):
+            if placement.mesh.fsdp != mesh_fsdp:
+                raise InputError(f'not mesh.fsdp={placement.mesh.fsdp}')
+            return memory(1)
+
+        return estimate
+
+    assert search(MODEL, 64, 32, H100, only(4))[0][0].placement.mesh.fsdp == 4
+    # The reason is that of the mesh with the least of data and fsdp.
+    with pytest.raises(InputError, match=r'^--search: none of the meshes of 32 .* Of the last one: not mesh.fsdp=2$'):
+        search(MODEL, 64, 32, H100, only(3))
     with pytest.raises(InputError, match=r'--search: no mesh of 5 devices divides the batch of train.batch_size=7 '):
         search(MODEL, 7, 5, H100, estimate)
 

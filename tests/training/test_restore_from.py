@@ -278,6 +278,7 @@ def test_params_alone_are_what_init_from_takes(tiny_config, source):
             'train.init_from=b and checkpoint.restore_from=a: a run begins with the weights of one, or goes on from',
         ),
         ({'checkpoint.restore_items': 'params'}, 'checkpoint.restore_items=params: of which run?'),
+        ({'train.init_weights': 'ema'}, 'train.init_weights=ema: of which checkpoint? Give train.init_from, or'),
         (
             {'checkpoint.restore_from': 'a', 'train.init_weights': 'ema'},
             'train.init_weights=ema: with checkpoint.restore_from the parameters and their average are both taken',

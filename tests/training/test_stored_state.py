@@ -144,6 +144,21 @@ def test_the_average_is_loaded_by_its_name_and_everything_in_float32(with_everyt
     assert not np.array_equal(raw['wte'], average['wte'])
 
 
+@pytest.mark.slow
+def test_a_run_begins_with_the_average_and_says_so(with_everything, tiny_config, tmp_path, capsys, assert_same_bits):
+    keys = {'train.init_from': str(with_everything.workdir), 'train.init_weights': 'ema', 'train.steps': 1}
+    # At a rate that float32 loses beside any weight a step changes nothing: what comes back is what was loaded.
+    rate = {'optimizer.learning_rate': 1e-30, 'schedule.warmup_steps': 0}
+    given = {'model.block_size': 16, 'data.tokenizer': None}
+    begun = train(tiny_config(keys | rate | given), tmp_path / 'run')
+    average = load(resolve(with_everything.workdir, weights='ema'))
+    assert (
+        f'weights: {with_everything.workdir} (step {average.step}, the average of its parameters, the first 16 of its '
+        '32 positions)\n'
+    ) in capsys.readouterr().out
+    assert_same_bits(begun.params, average.params | {'wpe': average.params['wpe'][:16]})
+
+
 def test_a_checkpoint_without_an_average_says_so(finished_run):
     with pytest.raises(InputError, match=r'checkpoints/6 holds no average of its parameters .*leave --weights=ema out'):
         resolve(finished_run.workdir, weights='ema')
@@ -159,8 +174,9 @@ def test_all_of_it_is_resumed_to_the_bit(with_everything, tiny_config, tmp_path,
     assert_same_bits(raw, load(with_everything.workdir).params)
     assert [row['loss'] for row in rows_of(tmp_path)] == [row['loss'] for row in rows_of(with_everything.workdir)]
     # What grows otherwise than it did is refused, by name.
+    constant = {'schedule.batch_ramp_tokens': None, 'schedule.initial_batch_size': None}
     with pytest.raises(InputError, match=r'schedule\.batch_ramp_tokens=700 and schedule\.initial_batch_size=8'):
-        train(tiny_config(EVERYTHING | {'schedule.batch_ramp_tokens': None, 'train.steps': 9}), tmp_path)
+        train(tiny_config(EVERYTHING | constant | {'train.steps': 9}), tmp_path)
     # An average that is asked for later begins where the run is then.
     plain = {name: value for name, value in EVERYTHING.items() if name != 'optimizer.ema_decay'}
     train(tiny_config(plain | {'train.steps': 3}), tmp_path / 'later')

@@ -2,6 +2,7 @@ import threading
 
 import pytest
 
+from gpt_jax.config import MOST_WAIT
 from gpt_jax.training import watchdog
 from gpt_jax.training.watchdog import Watchdog
 
@@ -41,6 +42,16 @@ def test_it_ends_the_process_where_that_is_asked_for(said, monkeypatch):
     with Watchdog(0.05, ends=True):
         assert ended.wait(60)
     assert status == [1]
+
+
+def test_the_longest_patience_that_a_config_may_have_is_one_that_a_thread_can_wait(monkeypatch):
+    problems = []
+    monkeypatch.setattr(threading, 'excepthook', problems.append)
+    watch = Watchdog(MOST_WAIT)
+    with watch:
+        pass
+    watch._thread.join()
+    assert problems == []
 
 
 def test_a_run_that_goes_on_is_left_alone(said):

@@ -72,10 +72,22 @@ def test_print_sharding_prints_a_table_and_trains_nothing(verb, config, tmp_path
         (['--config.mesh.data=3'], 'mesh.data=3, mesh.fsdp=1, mesh.tensor=1, mesh.context=1 does not divide the 8'),
         (['--config.mesh.tensor=8'], 'model.n_head=2 is not divisible by mesh.tensor=8'),
         (['--config.mesh.context=8', '--config.model.block_size=24'], 'model.block_size=24 is not divisible by 2 x'),
+        (['--config.optimizer.multipliers=nix:lr=1'], "optimizer.multipliers: 'nix' matches no parameter"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_one_line_before_anything_is_printed(refused, config, changes, message):
+def test_what_cannot_be_is_one_line_before_anything_is_printed(refused, config, changes, message):
     assert message in refused('main', config, '--print_sharding', *changes)
+
+
+@pytest.mark.parametrize('flags', [[], ['--print_sharding']])
+def test_an_average_that_the_source_lacks_is_one_line_that_names_the_key(
+    refused, config, finished_run, tmp_path, flags
+):
+    keys = (f'--config.train.init_from={finished_run.workdir}', '--config.train.init_weights=ema')
+    message = refused('main', config, f'--workdir={tmp_path / "run"}', *keys, *flags)
+    assert message.startswith(f'train.init_from={finished_run.workdir}: {finished_run.workdir}/checkpoints/')
+    assert message.endswith('leave train.init_weights=ema out, or name another step')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_run_from_the_command_line_exits_0_and_says_how_to_go_on(verb, config, tmp_path):

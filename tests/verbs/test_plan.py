@@ -1,11 +1,16 @@
 import importlib.util
 import json
 import re
+import runpy
 
 import pytest
 
+from gpt_jax.data import prepare
+from gpt_jax.data.batches import Batches
 from gpt_jax.parallel.devices import DEVICES
 from gpt_jax.planning import Compiled, render
+from gpt_jax.training import resolve
+from gpt_jax.training.optimizer import batch_sizes
 
 POD = (
     '--config=configs/gpt3.py:175b',
@@ -71,9 +76,10 @@ def test_json_is_one_object_with_the_same_numbers(verb):
 TOTALS = ('total_bytes', 'device_bytes')
 
 
-def test_the_cpu_compiler_says_what_the_real_step_needs_beside_the_estimate(verb):
+@pytest.mark.parametrize('masked', [False, True])
+def test_the_cpu_compiler_says_what_the_real_step_needs_beside_the_estimate(verb, masked):
     arguments = ('--config=configs/smoke.py', '--topology=cpu:2', '--config.mesh.fsdp=2', '--json')
-    status, output, _ = verb('plan', *arguments, '--config.mesh.data=1')
+    status, output, _ = verb('plan', *arguments, '--config.mesh.data=1', f'--config.data.mask_documents={masked}')
     assert status == 0
     plan = json.loads(output)
     compiled = plan['compiled']
@@ -81,11 +87,40 @@ def test_the_cpu_compiler_says_what_the_real_step_needs_beside_the_estimate(verb
     assert compiled['needed_bytes'] == sum(
         compiled[f'{name}_bytes'] for name in ('arguments', 'outputs', 'temporaries')
     )
-    # What goes in is what the estimate says exactly: the state and the batch, but for the counters.
+    # What goes in is what the estimate says exactly: the state and the batch, but for the counters. A document mask
+    # takes two arrays more than tokens and targets.
+    assert plan['memory']['batch_bytes'] == (4 if masked else 2) * 4 * 8 * 32 / 2
     given = sum(plan['memory'][f'{name}_bytes'] for name in ('parameters', 'optimizer', 'batch'))
     assert 0 <= compiled['arguments_bytes'] - given < 64
+    assert compiled['attention'] == ['blockwise']
+    if masked:
+        return
     _, text, _ = verb('plan', *arguments[:-1], '--config.mesh.data=1')
     assert re.search(r'^Memory of a device, by the CPU compiler \(cpu:2, 2 simulated devices\)$', text, re.MULTILINE)
+    assert re.search(r'^  attention +blockwise$', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_the_step_that_is_compiled_reads_what_that_of_the_run_does(verb, experiment, monkeypatch, masked):
+    lowered = []
+
+    def look(lower):
+        lowered.append(lower())
+        return Compiled(1, 1, 1, needed=3)
+
+    monkeypatch.setattr('gpt_jax.planning.compile_step', look)
+    status, _, _ = verb('plan', f'--config={experiment}', '--topology=cpu:1', f'--config.data.mask_documents={masked}')
+    assert status == 0
+    config = runpy.run_path(experiment)['get_config']()
+    config.data.mask_documents = masked
+    run = resolve(config)
+    data = prepare(run.data, log=lambda _: None)
+    separator = data.tokenizer.end_of_text if masked else None
+    batch = Batches(data.train, batch_sizes(run), run.model.block_size, run.train.seed, separator).rows(0)
+    ((_, planned), _) = lowered[0].in_avals
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in planned.items()} == {
+        name: (rows.shape, rows.dtype) for name, rows in batch.items()
+    }
 
 
 @pytest.mark.slow
@@ -106,6 +141,7 @@ def test_the_tpu_compiler_allocates_what_the_estimate_says(verb):
 
 SMALL = ('--config=configs/gpt3.py:125m', '--config.model.n_layer=2', '--config.model.vocab_size=512')
 H100 = '--device_kind=NVIDIA H100 80GB HBM3'
+SEARCH = ('SMOKE', '--search', '--devices=8', H100)
 
 
 def test_what_a_search_finds_is_planned_the_same_when_it_is_pasted(verb):
@@ -163,6 +199,15 @@ def test_the_gpu_compiler_certifies_and_the_step_has_a_roofline(process, topolog
         > program['flops'] / DEVICES[plan['device_kind']].peak_flops
     )
     assert program['unknown_loops'] == 0
+
+
+@pytest.mark.parametrize(('masked', 'kernel'), [(False, 'cudnn'), (True, 'blockwise')])
+def test_the_kernel_is_named_that_the_run_takes_with_its_document_mask(verb, monkeypatch, masked, kernel):
+    monkeypatch.setattr('gpt_jax.models.attention._cudnn_takes', lambda *_: True)
+    monkeypatch.setattr('gpt_jax.planning.compile_step', lambda _: Compiled(1, 1, 1, needed=3))
+    arguments = ('--config=configs/smoke.py', '--topology=cpu:1', f'--config.data.mask_documents={masked}')
+    _, output, _ = verb('plan', *arguments)
+    assert re.search(rf'^  attention +{kernel}$', output, re.MULTILINE)
 
 
 def test_the_row_of_the_table_that_contradicts_itself_is_explained(verb):
@@ -227,6 +272,27 @@ def test_remat_micro_batches_and_fsdp_make_the_plan_smaller(verb):
             'model.d_model=32 is not divisible by mesh.fsdp=5',
         ),
         (['SMOKE', '--verify'], '--verify needs --topology'),
+        (
+            ['SMOKE', '--devices=8', '--config.optimizer.multipliers=nix:lr=1'],
+            "optimizer.multipliers: 'nix' matches no parameter; there are blocks/attention/out/bias",
+        ),
+        (
+            [*SEARCH, '--config.eval.batch_size=3'],
+            'none of the meshes of 8 devices can train it. Of the last one: eval.batch_size=3 is not divisible by the '
+            '4 devices of mesh.data=1 x mesh.fsdp=4',
+        ),
+        (
+            [*SEARCH, '--config.schedule.batch_ramp_tokens=3000', '--config.schedule.initial_batch_size=2'],
+            'Of the last one: a batch of 2 sequences, on the way from schedule.initial_batch_size to',
+        ),
+        (
+            [*SEARCH, '--config.schedule.initial_batch_size=2'],
+            'schedule.initial_batch_size=2: from there the batch does not grow; give schedule.batch_ramp_tokens',
+        ),
+        (
+            ['SMOKE', '--config.train.init_weights=ema'],
+            'train.init_weights=ema: of which checkpoint? Give train.init_from, or checkpoint.restore_from with',
+        ),
         (['SMOKE', '--topology=h100:eight'], '--topology=h100:eight is not a kind and a number of devices'),
     ],
 )
