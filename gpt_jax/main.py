@@ -74,12 +74,11 @@ def _print_sharding(config: 'ConfigDict') -> None:
     from gpt_jax.training import resolve
     from gpt_jax.training.layout import layout, render
     from gpt_jax.training.recipe import planned_model
-    from gpt_jax.training.step import check_mesh, check_multipliers
+    from gpt_jax.training.step import check_mesh
 
     run = resolve(config)
     model, mesh = planned_model(run), make_mesh(run.mesh)
     check_mesh(run, mesh.shape, model)
-    check_multipliers(run, model)
     if jax.process_index() == 0:
         print(render(layout(run, model, mesh), mesh))
 

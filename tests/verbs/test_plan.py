@@ -2,11 +2,13 @@ import importlib.util
 import json
 import re
 import runpy
+import types
 
 import pytest
 
 from gpt_jax.data import prepare
 from gpt_jax.data.batches import Batches
+from gpt_jax.models import attention_kernels as kernels
 from gpt_jax.parallel.devices import DEVICES
 from gpt_jax.planning import Compiled, render
 from gpt_jax.training import resolve
@@ -109,7 +111,7 @@ def test_the_step_that_is_compiled_reads_what_that_of_the_run_does(verb, experim
         return Compiled(1, 1, 1, needed=3)
 
     monkeypatch.setattr('gpt_jax.planning.compile_step', look)
-    status, _, _ = verb('plan', f'--config={experiment}', '--topology=cpu:1', f'--config.data.mask_documents={masked}')
+    status, _, _ = verb('plan', f'--config={experiment}', '--topology=cpu:8', f'--config.data.mask_documents={masked}')
     assert status == 0
     config = runpy.run_path(experiment)['get_config']()
     config.data.mask_documents = masked
@@ -203,10 +205,11 @@ def test_the_gpu_compiler_certifies_and_the_step_has_a_roofline(process, topolog
 
 @pytest.mark.parametrize(('masked', 'kernel'), [(False, 'cudnn'), (True, 'blockwise')])
 def test_the_kernel_is_named_that_the_run_takes_with_its_document_mask(verb, monkeypatch, masked, kernel):
-    monkeypatch.setattr('gpt_jax.models.attention._cudnn_takes', lambda *_: True)
+    h100 = types.SimpleNamespace(platform='gpu', compute_capability='9.0')
+    monkeypatch.setattr('gpt_jax.models.attention_kernels', lambda config, _, **case: kernels(config, h100, **case))
     monkeypatch.setattr('gpt_jax.planning.compile_step', lambda _: Compiled(1, 1, 1, needed=3))
-    arguments = ('--config=configs/smoke.py', '--topology=cpu:1', f'--config.data.mask_documents={masked}')
-    _, output, _ = verb('plan', *arguments)
+    arguments = ('--config=configs/smoke.py', '--topology=cpu:8', '--config.precision.compute=bf16')
+    _, output, _ = verb('plan', *arguments, f'--config.data.mask_documents={masked}')
     assert re.search(rf'^  attention +{kernel}$', output, re.MULTILINE)
 
 
