@@ -116,6 +116,12 @@ def one_device():
 
 
 @pytest.fixture(scope='session')
+def as_users():
+    """Compiler options of a test that reads a program's memory or its fusions: those are written as a user's are."""
+    return {'xla_cpu_use_fusion_emitters': True} if 'use_fusion_emitters' in QUICK_COMPILATION else {}
+
+
+@pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
     """A text file of some kilobytes, of which a tiny model learns something in few steps."""
     rng = random.Random(0)

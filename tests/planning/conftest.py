@@ -1,7 +1,5 @@
 """A tiny training step with its estimate, and what XLA says of the compiled one."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +13,9 @@ from gpt_jax.planning import Placement, training_memory
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.step import abstract_state, make_train_step
 
-# What a program needs depends on how fusions are written, of which the other tests take the quicker way.
-AS_USERS = {'xla_cpu_use_fusion_emitters': True} if 'use_fusion_emitters' in os.environ['XLA_FLAGS'] else None
-
 
 @pytest.fixture(scope='session')
-def estimate_and_truth():
+def estimate_and_truth(as_users):
     """A function: mesh, batch, accumulation steps, fields of GPTConfig -> Memory, and bytes by XLA."""
 
     def measure(mesh=(1, 1, 1, 1), batch_size=8, accumulation_steps=1, **fields):
@@ -33,7 +28,7 @@ def estimate_and_truth():
         step = make_train_step(GPT(config), optimizer, schedule, made, accumulation_steps)
         tokens = jax.ShapeDtypeStruct((batch_size, config.block_size), jnp.int32, sharding=batch_sharding(made))
         lowered = step.lower(state, {'tokens': tokens, 'targets': tokens})
-        analysis = lowered.compile(compiler_options=AS_USERS).memory_analysis()
+        analysis = lowered.compile(compiler_options=as_users).memory_analysis()
         truth = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
         truth += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         placement = Placement(config, mesh_config, batch_size, accumulation_steps)

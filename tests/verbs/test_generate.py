@@ -132,8 +132,9 @@ def test_a_terminal_sees_tokens_as_they_come_and_is_left_on_a_new_line(checkpoin
     # Over a pseudo-terminal, and interrupted by Ctrl-C as soon as something is shown.
     command = [sys.executable, '-m', 'gpt_jax.generate', checkpoint, '--prompt=a\x1b[1m', '--max_new_tokens=100000']
     leader, follower = pty.openpty()
+    environment = os.environ | one_device
     process = subprocess.Popen(
-        [*command, '--allow_sliding'], cwd=ROOT, env=os.environ | one_device, stdout=follower, stderr=subprocess.PIPE, text=True
+        [*command, '--allow_sliding'], cwd=ROOT, env=environment, stdout=follower, stderr=subprocess.PIPE, text=True
     )
     os.close(follower)
     shown = b''
