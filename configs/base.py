@@ -5,8 +5,8 @@
 
 "Unset" keys are placeholders. Those marked "recipe" are filled in by the recipe of `model.version`
 (gpt_jax/training/recipe.py gives each value's source). The command line wins over the experiment file, and the file
-over the recipe. With `train.init_from` the unset keys of the architecture are those of its weights. Lengths are given
-in steps, tokens or epochs: one of the three.
+over the recipe. With `train.init_from` or `checkpoint.restore_from` the unset keys of the architecture are those of the
+weights there. Lengths are given in steps, tokens or epochs: one of the three.
 """
 
 import ml_collections

@@ -2,7 +2,8 @@
 
 From these dataclasses follow the ConfigDict of an experiment file (`base`), the check of types and ranges, which keys a
 resumed run may change (`differing_keys`), which of several keys stand for one length (`LENGTHS`), which come with the
-weights of `train.init_from` (`WEIGHTS_KEYS`), and what `--help_config` prints (`help_text`).
+weights of `train.init_from` or `checkpoint.restore_from` (`WEIGHTS_KEYS`), and what `--help_config` prints
+(`help_text`).
 
     from gpt_jax.config import base          # an experiment file, wherever it lies
 
@@ -64,7 +65,7 @@ def key(
       doc: what it means, with its unit.
       unset: an experiment file leaves it unset although it has a default, so that something else may fill it first.
       resume: whether a resumed run may change it: it says where, when and how something is computed, not what.
-      weights: whether `train.init_from` brings it along.
+      weights: whether `train.init_from` and `checkpoint.restore_from` bring it along.
       length: of the keys of a section with this name only one is set: they are one length in several units.
       least, most: the smallest and the largest number that it may be.
       above, below: the same, but not the number itself.
@@ -347,7 +348,7 @@ class EvalConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(_Section):
-    """When to save, and what to keep."""
+    """When to save, what to keep, and which other run to go on from."""
 
     every_steps: int = key(
         500, 'and at the end, and where validation is best so far; 0: only then', resume=True, least=0
@@ -358,6 +359,14 @@ class CheckpointConfig(_Section):
     )
     keep_every_steps: int = key(0, 'those of every so many steps stay for good; 0: none', resume=True, least=0)
     keep_best: int = key(1, 'of the lowest validation loss; 0: none is saved for being best', resume=True, least=0)
+    restore_from: str | None = key(
+        None, 'another run to go on from, at its step: a workdir (its newest checkpoint) or a checkpoints/STEP folder'
+    )
+    restore_items: str = key(
+        'all',
+        "of that run: 'all' (parameters, optimizer, average, counters); 'params' is the same as train.init_from",
+        choices=('all', 'params'),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,6 +433,39 @@ class RunConfig:
                 f'train.batch_size={batch_size} is not divisible by train.accumulation_steps={accumulation_steps}'
             )
 
+    def with_one_beginning(self) -> 'RunConfig':
+        """The same experiment, in which only one key can say what it begins with.
+
+        `restore_items='params'` is what `train.init_from` does, and becomes it: there is one way to do it.
+
+        Raises:
+          InputError: naming the keys, where two of them contradict each other, or one says something of nothing.
+        """
+        train, checkpoint = self.train, self.checkpoint
+        if checkpoint.restore_from is None:
+            if checkpoint.restore_items != 'all':
+                raise InputError(
+                    f'checkpoint.restore_items={checkpoint.restore_items}: of which run? Give checkpoint.restore_from'
+                )
+            return self
+        if train.init_from is not None:
+            raise InputError(
+                f'train.init_from={train.init_from} and checkpoint.restore_from={checkpoint.restore_from}: a run '
+                'begins with the weights of one, or goes on from the other; give one of them'
+            )
+        if checkpoint.restore_items == 'params':
+            return dataclasses.replace(
+                self,
+                train=dataclasses.replace(train, init_from=checkpoint.restore_from),
+                checkpoint=dataclasses.replace(checkpoint, restore_from=None, restore_items='all'),
+            )
+        if train.init_weights != 'raw':
+            raise InputError(
+                f'train.init_weights={train.init_weights}: with checkpoint.restore_from the parameters and their '
+                'average are both taken; leave it out, or add checkpoint.restore_items=params'
+            )
+        return self
+
 
 SECTIONS: dict[str, type[_Section]] = {field.name: field.type for field in dataclasses.fields(RunConfig)}
 # (section, key, its field), in the order of the tables above.
@@ -454,15 +496,16 @@ def parse(config: 'Mapping[str, Any] | RunConfig') -> RunConfig:
     """The experiment that a ConfigDict (or nested dict) describes, its unset keys None.
 
     Raises:
-      InputError: a key is missing or unknown, or its value is of another type or out of range.
+      InputError: a key is missing or unknown, its value is of another type or out of range, or two keys say what the
+        run begins with.
     """
     if isinstance(config, RunConfig):
-        return config
+        return config.with_one_beginning()
     config = config.to_dict() if hasattr(config, 'to_dict') else config
     _check_names('', config, SECTIONS)
     for section, cls in SECTIONS.items():
         _check_names(f'{section}.', config[section], {field.name: field for field in dataclasses.fields(cls)})
-    return RunConfig(**{section: cls(**config[section]) for section, cls in SECTIONS.items()})
+    return RunConfig(**{section: cls(**config[section]) for section, cls in SECTIONS.items()}).with_one_beginning()
 
 
 def as_dict(run: RunConfig) -> dict[str, dict[str, Any]]:

@@ -70,15 +70,13 @@ def _print_sharding(config: 'ConfigDict') -> None:
     """Prints the partition of every array of a run; of several processes the first one does."""
     import jax
 
-    from gpt_jax.config import parse
     from gpt_jax.parallel import make_mesh
     from gpt_jax.training import resolve
     from gpt_jax.training.layout import layout, render
-    from gpt_jax.training.recipe import find_initial_weights, planned_model
+    from gpt_jax.training.recipe import planned_model
     from gpt_jax.training.step import check_mesh
 
-    path = parse(config).train.init_from
-    run = resolve(config, None if path is None else find_initial_weights(path))
+    run = resolve(config)
     model, mesh = planned_model(run), make_mesh(run.mesh)
     check_mesh(run, mesh.shape, model)
     if jax.process_index() == 0:

@@ -35,10 +35,10 @@ def main() -> int:
         return 0
     run, tokenizer = parse(cli.read_experiment(CONFIG)), None
     settings = dataclasses.asdict(run.data)
-    if run.train.init_from is not None:
-        from gpt_jax.training.recipe import find_initial_weights
+    if (run.train.init_from, run.checkpoint.restore_from) != (None, None):
+        from gpt_jax.training.recipe import find_beginning
 
-        tokenizer = find_initial_weights(run.train.init_from).tokenizer
+        tokenizer = find_beginning(run).tokenizer
         settings['tokenizer'] = settings['tokenizer'] or tokenizer.kind
     if NUM_WORKERS.value is not None:
         settings['num_workers'] = NUM_WORKERS.value

@@ -40,7 +40,7 @@ def main() -> int:
 
     prefer_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
     command = [sys.executable, '-m', 'gpt_jax.main', *_for_the_run(sys.argv[1:])]
-    report = campaign(command, parse(config), pathlib.Path(workdir).expanduser(), KILLS.value, SEED.value)
+    report = campaign(command, parse(config), pathlib.Path(workdir).expanduser().absolute(), KILLS.value, SEED.value)
     print(f'\n{report.table()}\n')
     if not report.proven:
         print('\n'.join(report.differences))

@@ -82,6 +82,8 @@ def stand_ins(verb, arguments):
             'eval.batch_size': 64,
             'preview.max_new_tokens': 4,
         }
+    if 'restore_from=' in given:  # beyond the steps of the run that it goes on from
+        keys |= {'train.steps': 5}
     if 'batch_ramp_tokens' in given:  # sizes that eight devices can have
         keys |= {'train.batch_size': 16, 'schedule.initial_batch_size': 8}
     if verb == 'main' and 'init_from' not in given:

@@ -166,6 +166,8 @@ IMPOSSIBLE = {
     'data.num_workers': (0, 10**9),
     'data.validation_fraction': (0.0, 1.0, math.nan),
     'train.init_from': ('',),
+    'checkpoint.restore_from': ('',),
+    'checkpoint.restore_items': ('optimizer', ''),
 }
 
 
@@ -360,6 +362,7 @@ def test_only_what_changes_no_function_may_differ_on_resume():
     expected |= {'train.spike_loss_deviations', 'train.spike_grad_norm_deviations'}
     expected |= {'train.norms_every_steps', 'train.trackers', 'train.hang_seconds', 'train.ends_when_hung'}
     expected |= {'data.path', 'data.streaming', 'data.num_workers', 'data.cache_dir'}
+    expected -= {'checkpoint.restore_from', 'checkpoint.restore_items'}  # another one makes another run
     assert allowed == expected
 
 

@@ -16,6 +16,7 @@ A Hugging Face directory of GPT-2 or GPT-Neo is loaded as one, too, and either i
 from gpt_jax.checkpoints.finding import (
     PretrainedWeights,
     Resolved,
+    find_run,
     find_weights,
     fingerprint,
     read_meta,
@@ -39,6 +40,7 @@ __all__ = [
     'PretrainedWeights',
     'Resolved',
     'export_huggingface',
+    'find_run',
     'find_weights',
     'fingerprint',
     'import_huggingface',

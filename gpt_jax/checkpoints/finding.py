@@ -38,6 +38,8 @@ ITEMS = ('params', 'optimizer', 'ema', 'meta')
 LATE_LOSS_FILE = 'val_loss.json'
 META_FORMAT = 1  # raised when an older gpt_jax would misread a record; records without a `format` are of format 1
 NAME_ONE = 'give a workdir, a checkpoints/STEP folder or a Hugging Face directory'
+NAME_A_RUN = 'give the workdir of another run, or a checkpoints/STEP folder'
+HAS_NO_OPTIMIZER = 'with no state of an optimizer to go on with: start from it with train.init_from'
 TRIES = 5
 
 T = TypeVar('T')
@@ -78,12 +80,14 @@ class PretrainedWeights:
       found: where they are; None where a run was already begun with them.
       model: their architecture.
       tokenizer: the one they belong to.
+      meta: the record of the run that they are the state of, where all of it is to be taken (`find_run`), else None.
     """
 
     path: str
     found: Resolved | None
     model: GPTConfig
     tokenizer: Tokenizer
+    meta: dict[str, Any] | None = None
 
 
 def resolve(path: str | os.PathLike, step: int | None = None, weights: str = 'raw') -> Resolved:
@@ -228,6 +232,93 @@ def find_weights(path: str | os.PathLike, weights: str = 'raw') -> PretrainedWei
         )
 
     return while_there(found, describe)
+
+
+def find_run(path: str | os.PathLike, verify: bool = True) -> PretrainedWeights:
+    """The checkpoint of another run that a new one goes on from, with its record; no array is read.
+
+    Of a workdir that is the newest step, not the best: the state of a run is where it has come to. Newer ones that are
+    damaged are left out, with a warning, and left as they are.
+
+    Args:
+      path: a workdir, its `checkpoints` folder, or a step folder anywhere.
+      verify: whether every byte of it is held against its sha256; else the record alone. In a run of several processes
+        every process then makes this call: each verifies a share, and all are given the same step.
+
+    Raises:
+      InputError: nothing is there, it is damaged, of a newer gpt_jax, or has no optimizer to go on with.
+    """
+    problem = None
+    try:
+        place, is_step = _place_of_run(path)
+    except InputError as error:
+        problem = error
+    if verify:
+        verifying.raise_together(problem, lambda process: InputError(f'see the message of process {process}'))
+    elif problem is not None:
+        raise problem
+
+    def read(step_folder: pathlib.Path) -> dict[str, Any]:
+        if verify:
+            verifying.verify_together(step_folder)
+        return read_step_meta(step_folder)
+
+    if is_step:
+        try:
+            return _described(path, place, read(place), None)
+        except verifying.DamagedError as error:
+            raise InputError(f'{error.what}: name another step of that run, or {verifying.COPY_AGAIN}') from None
+    damaged = {}
+    # Again: a training there may put others in the place of all steps that were listed.
+    for _ in range(TRIES):
+        steps = iter(sorted(step_names(place), reverse=True))
+        while (step := agreed(next(steps, None)) if verify else next(steps, None)) is not None:
+            try:
+                meta = read(place / str(step))
+            except verifying.DamagedError as error:
+                if _is_there(place / str(step)):
+                    damaged[step] = error.what
+                continue
+            for what in damaged.values():
+                _warn(f'{what}; step {step} is used instead')
+            return _described(path, place / str(step), meta, place)
+        if damaged:
+            raise InputError(f'{path} holds no good checkpoint: {damaged[max(damaged)]}; {verifying.COPY_AGAIN}')
+    raise InputError(f'{path} holds no finished checkpoint: {NAME_A_RUN}')
+
+
+def _place_of_run(path: str | os.PathLike) -> tuple[pathlib.Path, bool]:
+    """The step folder that `path` is, and True; or the folder of steps that it has, and False.
+
+    Raises:
+      InputError: it does not exist, or is a Hugging Face directory.
+    """
+    place = _absolute(path)
+    if _is_step_folder(place):
+        return place, True
+    if _is_huggingface(place) if is_address(place) else huggingface.is_directory(place):
+        raise InputError(f'{path} is a Hugging Face directory, {HAS_NO_OPTIMIZER}')
+    return (place / 'checkpoints' if (place / 'checkpoints').is_dir() else place), False
+
+
+def _described(
+    path: str | os.PathLike, place: pathlib.Path, meta: dict[str, Any], chosen_from: pathlib.Path | None
+) -> PretrainedWeights:
+    if not (place / 'optimizer').is_dir() or 'lengths' not in meta:
+        raise InputError(f'{place} has parameters alone, {HAS_NO_OPTIMIZER}')
+    model, tokenizer = read_model_config(meta, place), Tokenizer.from_json(meta['tokenizer'])
+    if is_address(place) and place.scheme != 'gs':
+        place, chosen_from = _fetched(place, path, lambda name: True), None
+    found = Resolved(place, meta['step'], _workdir(place.parent), chosen_from)
+    return PretrainedWeights(str(path), found, model, tokenizer, meta)
+
+
+def agreed(step: int | None) -> int | None:
+    """What process 0 has: others may see a shared folder late."""
+    if jax.process_count() == 1:
+        return step
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if step < 0 else step
 
 
 def fingerprint(found: Any) -> str:

@@ -265,6 +265,47 @@ def read_items(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
     return {item: restored[item] if item in filled else tree for item, tree in items.items()}
 
 
+def read_converted(step_folder: pathlib.Path, **items: Any) -> dict[str, Any]:
+    """`read_items` of what a run of another config has saved, as the given abstract trees have it.
+
+    Numbers of another precision become what the trees say, rounded to the nearest, and containers that hold no array,
+    such as the state of a link of the optimizer's chain that has none, may be others.
+
+    Raises:
+      InputError: as `check_tree`.
+    """
+
+    def stored(item: str, wanted: Any) -> Any:
+        there, here = stored_shapes(step_folder, item), _by_name(wanted)
+        types = {name: leaf.dtype for name, leaf in _by_name(there).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+
+        def as_stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+            dtype = types.get(leaf_name(path), leaf.dtype) if is_float else leaf.dtype
+            return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+        check_tree(step_folder, item, jax.tree_util.tree_map_with_path(as_stored, wanted))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here[leaf_name(path)].sharding),
+            there,
+        )
+
+    read = read_items(step_folder, **{item: stored(item, wanted) for item, wanted in items.items()})
+
+    def converted(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if array.dtype == leaf.dtype:
+            return array
+        return jax.jit(lambda array: array.astype(leaf.dtype), out_shardings=leaf.sharding)(array)
+
+    found = {item: _by_name(tree) for item, tree in read.items()}
+    return {
+        item: jax.tree_util.tree_map_with_path(
+            lambda path, leaf, item=item: converted(found[item][leaf_name(path)], leaf), wanted
+        )
+        for item, wanted in items.items()
+    }
+
+
 def _check_finite(step_folder: pathlib.Path, params: Any) -> None:
     """Raises InputError, naming the parameter, where one has a value that is NaN or infinite."""
     by_name = _by_name(params)

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from gpt_jax.checkpoints import committing, verifying
 from gpt_jax.checkpoints.finding import (
     LATE_LOSS_FILE,
+    agreed,
     describe_save,
     finished_steps,
     is_checkpoint,
@@ -66,7 +66,7 @@ def recover(folder: str | os.PathLike, say: Callable[[str], None] = print) -> di
         lambda process: InputError(f'{folder}: see the message of process {process}'),
     )
     steps = iter(sorted(step_names(folder), reverse=True))
-    while (step := _agreed(next(steps, None))) is not None:
+    while (step := agreed(next(steps, None))) is not None:
         step_folder = folder / str(step)
         try:
             verifying.verify_together(step_folder, way_out=way_out(step_folder))
@@ -106,14 +106,6 @@ def _in_the_way(folder: pathlib.Path, link: pathlib.Path | None) -> InputError |
             return InputError(f'{link} leads to {folder}, where other things are ({other}); remove the link')
     foreign = [path for path in paths if is_step_name(path.name) and not is_checkpoint(path)]
     return InputError(f'{foreign[0]} is in the way and no checkpoint: move it elsewhere') if foreign else None
-
-
-def _agreed(step: int | None) -> int | None:
-    """What process 0 has: others may see a shared folder late."""
-    if jax.process_count() == 1:
-        return step
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return None if step < 0 else step
 
 
 def _set_aside(step_folder: pathlib.Path) -> pathlib.Path:

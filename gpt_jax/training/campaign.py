@@ -11,6 +11,7 @@ command, until it is done; where kills are left, another one begins.
 import contextlib
 import dataclasses
 import itertools
+import math
 import pathlib
 import random
 import re
@@ -118,10 +119,10 @@ def campaign(
     folder.mkdir(parents=True, exist_ok=True)
     alone, rng = _Run(command, run, folder / 'undisturbed'), random.Random(seed)
     with alone.started():
-        alone.until(lambda: alone.step > 0)
-        first_step = alone.seconds
+        alone.start_up()
         alone.end()
     alone.check_finished()
+    first_step = min(alone.first_step, alone.seconds)
     say(f'undisturbed: {alone.seconds:.1f} s, its first step after {first_step:.1f} s')
     todo = list(itertools.islice(zip(itertools.cycle(SIGNALS), itertools.cycle(AIMS), strict=False), kills))
     done: list[Kill] = []
@@ -135,6 +136,7 @@ def campaign(
                     killed.end()
                     break
                 kill = Kill(todo[0][0], killed.phase, killed.seconds, killed.step)
+                first_step = min(first_step, killed.first_step)  # the first of all may have had to compile
                 if not killed.end(kill.signal):
                     break
             del todo[0]
@@ -163,6 +165,7 @@ class _Run:
         self._process: subprocess.Popen | None = None
         self._left_over: set[str] = set()
         self._began = self._ended = 0.0
+        self.first_step = math.inf  # the fewest seconds to a first step that was waited for
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
@@ -219,15 +222,21 @@ class _Run:
             time.sleep(POLL_SECONDS)
         return self._process.poll() is None
 
+    def start_up(self) -> None:
+        """Waits for its first step."""
+        if self.until(lambda: self.step > 0):
+            self.first_step = min(self.first_step, self.seconds)
+
     def reach(self, aim: str, rng: random.Random, first_step: float, steps: int) -> bool:
         """Waits for a moment of what is aimed at; False where the process was done before it came.
 
-        `first_step` are the seconds that a run takes to its first step, and `steps` those that it has.
+        `first_step` are the seconds in which a run has come to its first step, and `steps` those that it has.
         """
-        # A start that is faster than the first one was, and a run that goes on behind the step, are hit as well.
+        # A start that is faster than those before, and a run that goes on behind the step, are hit as well.
         if aim == 'start':
             self.until(lambda: self.step > 0, rng.uniform(0, first_step))
             return self._process.poll() is None
+        self.start_up()
         if aim == 'steps':
             step = rng.randint(1, max(1, steps))
             return self.until(lambda: self.step >= step)

@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gpt_jax.config import FIELDS, LENGTHS, WEIGHTS_KEYS, RunConfig, as_dict, parse
+from gpt_jax.config import FIELDS, LENGTHS, WEIGHTS_KEYS, RunConfig, as_dict, parse, read_record
 from gpt_jax.data import Tokenizer
+from gpt_jax.data.tokenizer import gpt2
 from gpt_jax.errors import InputError
 from gpt_jax.models import PRESETS, GPTConfig
 from gpt_jax.models.config import ASSUMED_BAND_SIZE
@@ -204,15 +205,15 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'PretrainedWeights |
 
     Args:
       config: a ConfigDict of `gpt_jax.config.base`'s keys, nested dicts, or a RunConfig.
-      weights: what `train.init_from` names, where the caller has found it already.
+      weights: what `train.init_from` or `checkpoint.restore_from` names, where the caller has found it already.
 
     Raises:
       InputError: a key is missing, unknown, of another type or out of range, two keys contradict each other or the
         weights, or these cannot be found.
     """
     given = parse(config)
-    if given.train.init_from is not None and weights is None:
-        weights = find_initial_weights(given.train.init_from, weights=given.train.init_weights)
+    if weights is None:
+        weights = find_beginning(given)
     settings = as_dict(given)
     model = settings['model']
     if model['preset'] is not None:
@@ -248,6 +249,35 @@ def resolve(config: Mapping[str, Any] | RunConfig, weights: 'PretrainedWeights |
     return given if run == given else run
 
 
+def find_beginning(
+    given: RunConfig, recorded: Mapping[str, Any] | None = None, verify: bool = False
+) -> 'PretrainedWeights | None':
+    """What `train.init_from` or `checkpoint.restore_from` names; None where the experiment has neither.
+
+    Args:
+      given: the experiment, as `parse` makes it.
+      recorded: the description of the checkpoint that the run goes on from, if it has one of its own: the other run is
+        then needed no more, and `found` is None.
+      verify: whether every byte of what `restore_from` names is held against its sha256, by all processes together.
+
+    Raises:
+      InputError: as `find_initial_weights`, or there is no run to go on from.
+    """
+    path = given.checkpoint.restore_from
+    if path is None:
+        path, weights = given.train.init_from, given.train.init_weights
+        return None if path is None else find_initial_weights(path, recorded, weights)
+    from gpt_jax import checkpoints  # as below
+
+    try:
+        if recorded is None:
+            return checkpoints.find_run(path, verify)
+        model = checkpoints.read_model_config(dict(recorded), 'the checkpoint of this run')
+        return checkpoints.PretrainedWeights(path, None, model, Tokenizer.from_json(recorded['tokenizer']))
+    except InputError as error:
+        raise InputError(f'checkpoint.restore_from={path}: {error}') from None
+
+
 def find_initial_weights(
     path: str, recorded: Mapping[str, Any] | None = None, weights: str = 'raw'
 ) -> 'PretrainedWeights':
@@ -278,17 +308,23 @@ def _take_over(settings: dict[str, dict[str, Any]], weights: 'PretrainedWeights'
     """Sets the unset keys of the architecture, and `data.tokenizer`, to what the weights have.
 
     Raises InputError, naming every key that is set to something else with both values. A `block_size` below that of the
-    weights is none of them: the position table is cut then.
+    weights is none of them: the position table is cut then. The state of a run (`checkpoint.restore_from`) fits no
+    other, and its `data.tokenizer` is whatever key has the same tokenizer.
     """
+    source = settings['checkpoint']['restore_from']
     model, data = settings['model'], settings['data']
     if weights.model.d_mlp in (model['n_inner'], weights.model.d_model * (model['mlp_expansion'] or 0)):
         model['n_inner'] = model['mlp_expansion'] = None  # the same width, described in whichever way
     ours = {f'model.{name}': model[name] for name in WEIGHTS_KEYS} | {'data.tokenizer': data['tokenizer']}
     theirs = {f'model.{name}': getattr(weights.model, name) for name in WEIGHTS_KEYS}
     theirs['data.tokenizer'] = weights.tokenizer.kind
-    longest = weights.model.block_size
-    if (model['block_size'] or longest) < longest:
-        del theirs['model.block_size']
+    longest, shorter = weights.model.block_size, ''
+    if source is None:
+        shorter = f' (a model.block_size below {longest} is possible)'
+        if (model['block_size'] or longest) < longest:
+            del theirs['model.block_size']
+    elif _names_tokenizer(data['tokenizer'], weights):
+        del theirs['data.tokenizer']
     conflicts = [
         f'{name}={ours[name]} and there {value}'
         for name, value in theirs.items()
@@ -296,14 +332,29 @@ def _take_over(settings: dict[str, dict[str, Any]], weights: 'PretrainedWeights'
     ]
     if conflicts:
         preset = '' if model['preset'] is None else f'; model.preset={model["preset"]} sets some of them'
+        key = 'train.init_from' if source is None else 'checkpoint.restore_from'
         raise InputError(
-            f'train.init_from={weights.path} is of another kind than this config: here {", here ".join(conflicts)}'
-            f'{preset}; leave these keys unset (a model.block_size below {longest} is possible), or start from '
-            'another checkpoint'
+            f'{key}={weights.path} is of another kind than this config: here {", here ".join(conflicts)}'
+            f'{preset}; leave these keys unset{shorter}, or start from another checkpoint'
         )
     for full_name, value in theirs.items():
         section, name = full_name.split('.')
         settings[section][name] = value
+
+
+def _names_tokenizer(key: str | None, weights: 'PretrainedWeights') -> bool:
+    """Whether `data.tokenizer` stands for the tokenizer of a run: the run's own key, or a folder that holds the same.
+
+    Raises:
+      InputError: that folder has none that can be read.
+    """
+    if key is None:
+        return False
+    if weights.meta is None:  # it was compared when the run began
+        return True
+    if key in ('bpe', 'char', 'gpt2'):
+        return key == read_record(weights.meta['config'], f'checkpoint.restore_from={weights.path}').data.tokenizer
+    return gpt2(key).fingerprint == weights.tokenizer.fingerprint
 
 
 def model_config(run: RunConfig, vocab_size: int) -> GPTConfig:

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.training.dynamic_scale import DynamicScale
 from jax.experimental import multihost_utils
 
 from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, load, recover
-from gpt_jax.checkpoints.finding import describe_save
-from gpt_jax.checkpoints.loading import check_tree, read_items, stored_shapes
-from gpt_jax.config import RunConfig, as_dict, as_record, parse, read_record
+from gpt_jax.checkpoints.finding import describe_save, while_there
+from gpt_jax.checkpoints.loading import check_tree, read_converted, read_items, stored_shapes
+from gpt_jax.config import WEIGHTS_KEYS, RunConfig, as_dict, as_record, differing_keys, parse, read_record
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
 from gpt_jax.models import GPT, GPTConfig, attention_kernels
@@ -51,7 +52,7 @@ from gpt_jax.training.optimizer import (
     parse_multipliers,
     resumed_lengths,
 )
-from gpt_jax.training.recipe import find_initial_weights, model_config, resolve
+from gpt_jax.training.recipe import find_beginning, model_config, resolve
 from gpt_jax.training.speed import Throughput
 from gpt_jax.training.step import (
     GRADIENT_SPIKE,
@@ -141,9 +142,7 @@ def train(
     output = Output(jax.process_index() == 0)
     with workdirs.locked(workdir) as workdir, processes.ended_together():
         recorded = recover(workdir / 'checkpoints', output.line)
-        train_keys = parse(config).train
-        path = train_keys.init_from
-        weights = None if path is None else find_initial_weights(path, recorded, train_keys.init_weights)
+        weights = find_beginning(parse(config), recorded, verify=recorded is None)
         run = resolve(config, weights)
         workdirs.check(workdir, run, resumed=recorded is not None)
         checkpoints = Checkpoints(
@@ -211,7 +210,7 @@ class Trainer:
         Args:
           run: the experiment, resolved.
           workdir: its folder.
-          weights: what a new run starts from; None: from drawn ones.
+          weights: what a new run starts from, or the whole of another run; None: from drawn ones.
           recorded: the `describe()` of the checkpoint that the run goes on from, if any.
           checkpoints: those of the workdir.
           sample: writes the sampled previews.
@@ -221,12 +220,20 @@ class Trainer:
         Raises:
           InputError: the batch does not fit the mesh, the data cannot be had or are not those of the checkpoint, ...
         """
-        self._run, self._workdir, self._weights = run, workdir, weights
+        self._run, self._workdir = run, workdir
+        # Of a new run one of these two may be set: weights to start from, or a run to go on from.
+        self._weights = self._other = None
+        if recorded is None and weights is not None:
+            self._weights, self._other = (weights, None) if weights.meta is None else (None, weights)
         self._checkpoints, self._sample, self._output = checkpoints, sample, output
         self._is_first_process = jax.process_index() == 0
-        self.start = recorded['step'] if recorded else 0
-        # What the first weights were, for the description of checkpoints.
-        self._init_from = (recorded or {}).get('init_from')
+        # What it goes on from: its own checkpoint, or that of another run.
+        before = self._other.meta if self._other else recorded or {}
+        self.start = before.get('step', 0)
+        self._resumes = recorded is not None
+        # What the first weights were, and what the state of another run, for the description of checkpoints.
+        self._init_from = before.get('init_from')
+        self._restored_from = (recorded or {}).get('restore_from')
         self._trace = Trace(profile, workdir)
         self._trackers = parse_trackers(run.train.trackers)
         self.mesh = make_mesh(run.mesh)
@@ -234,6 +241,8 @@ class Trainer:
         check_mesh(run, self.mesh.shape, planned)
         check_memory(run, planned, self.mesh)
         check_multipliers(run, planned)
+        if run.train.steps is not None:  # else the data tell how long it is
+            self._check_steps_are_left(run.train.steps)
         self.data = prepare(run.data, tokenizer=weights and weights.tokenizer, log=self.say)
         alike = {
             'data': self.data.fingerprint,
@@ -245,9 +254,12 @@ class Trainer:
             _check_same_data(self.data, recorded, workdir)
         self.lengths = lengths(run, sum((len(source.tokens) - 1) // run.model.block_size for source in self.data.train))
         # The schedules that earlier steps followed, each with the step at which another took its place.
-        self._earlier_schedules = list((recorded or {}).get('earlier_schedules', ()))
+        self._earlier_schedules = list(before.get('earlier_schedules', ()))
         if recorded is not None:
             self._go_on_with_lengths(recorded)
+        self._settings, self._sizes = StepSettings.of(run), batch_sizes(run)
+        if self._other is not None:
+            self._go_on_from(self._other)
         if self.start < self.lengths.total and (notice := check_rates(run, self.lengths, self.start)):
             self.say(notice)
         self.schedule = make_schedule(run, self.lengths)
@@ -260,7 +272,6 @@ class Trainer:
         self.val_loss: float | None = None
         self._in_a_row = 0  # steps skipped until now
         self._put_off = False  # whether a save waits for a step that is not skipped
-        self._settings, self._sizes = StepSettings.of(run), batch_sizes(run)
         # Where it went back to an earlier checkpoint, and the rows of the data that it has left out since.
         self._went_back = list((recorded or {}).get('went_back', ()))
         self._separator = self.data.tokenizer.end_of_text if run.data.mask_documents else None
@@ -275,12 +286,57 @@ class Trainer:
         before = Lengths(**recorded['lengths'])
         self.lengths, is_new = resumed_lengths(self._run, self.lengths, run_before, before, self.start)
         if is_new and self.start < self.lengths.total:
-            ended = {'until': self.start, 'warmup': before.warmup, 'decay': before.decay}
-            shape = ('final_fraction', 'shape', 'cooldown_fraction')
-            self._earlier_schedules.append(ended | {name: getattr(run_before.schedule, name) for name in shape})
+            self._earlier_schedules.append(_described_schedule(run_before, before) | {'until': self.start})
             self.say(
                 f'schedule: another one from step {self.start + 1} on, its decay ends at step {self.lengths.decay}; '
                 f'that of the steps before ended at step {before.decay}'
+            )
+
+    def _go_on_from(self, other: PretrainedWeights) -> None:
+        """Takes the place of another run after its last step: in the order of the data, and in what is recorded.
+
+        Steps and the learning rate are this run's own, counted from step 0. Rows go on behind those that were read,
+        however large the batches were.
+
+        Raises:
+          InputError: no step is left, or a newer gpt_jax wrote the checkpoint.
+        """
+        self._check_steps_are_left(self.lengths.total)
+        step, meta, where = self.start, other.meta, f'checkpoint.restore_from={other.path}'
+        run_before, lengths_before = read_record(meta['config'], where), Lengths(**meta['lengths'])
+        restored, went_back = meta.get('restore_from') or {}, meta.get('went_back') or [{'rows_left_out': 0}]
+        rows = batch_sizes(run_before).rows_before(step) + restored.get('rows_ahead', 0)
+        self._restored_from = {
+            'path': other.path,
+            'step': step,
+            'sha256': fingerprint(other.found),
+            'rows_ahead': rows - self._sizes.rows_before(step),
+            'rows_left_out': restored.get('rows_left_out', 0) + went_back[-1]['rows_left_out'],
+        }
+        processes.check_alike({'the checkpoint that is restored': self._restored_from['sha256']})
+        schedule_before, schedule = (
+            _described_schedule(*parts) for parts in ((run_before, lengths_before), (self._run, self.lengths))
+        )
+        if schedule_before != schedule:
+            self._earlier_schedules.append(schedule_before | {'until': step})
+        brought = {f'model.{name}' for name in WEIGHTS_KEYS} | {'data.tokenizer', 'data.vocab_size'}
+        brought |= {'train.init_from', 'train.init_weights', 'checkpoint.restore_from'}
+        differing = differing_keys(meta['config'], self._run, where)
+        others = [line for line in differing if line.partition(':')[0] not in brought]
+        if self.data.fingerprint != meta['data_fingerprint']:
+            others.append(f'data: {meta["data_fingerprint"][:12]} -> {self.data.fingerprint[:12]}')
+        if lengths_before.decay != self.lengths.decay:
+            others.append(f"the end of the schedule's decay: step {lengths_before.decay} -> {self.lengths.decay}")
+        differs = f'; other than there: {", ".join(others)}' if others else ''
+        self.say(f'restoring step {step} of {other.path}, with its optimizer{differs}')
+
+    def _check_steps_are_left(self, total: int) -> None:
+        """Raises InputError where the run that this one goes on from has come to its end of `total` steps."""
+        if self._other is not None and self.start >= total:
+            raise InputError(
+                f'checkpoint.restore_from={self._other.path}: the run there has come to step {self.start}, and this '
+                f'one ends at step {total}: nothing is left to do; give a train.steps above that, or name an earlier '
+                'checkpoints/STEP'
             )
 
     def is_finished(self) -> bool:
@@ -292,20 +348,37 @@ class Trainer:
 
     def first_state(self) -> TrainState:
         """The state after step `start`: restored, or before the first one drawn or taken from another's weights."""
-        if self.start:
-            return self._restore()
+        if self._resumes:
+            return self._restore(self._checkpoints.folder / str(self.start), self._read_own)
+        if self._other is not None:
+            try:
+                return while_there(
+                    dataclasses.replace(self._other.found, chosen_from=None),
+                    lambda found: self._restore(found.folder, self._read_other),
+                )
+            except InputError as error:
+                raise InputError(f'checkpoint.restore_from={self._other.path}: {error}') from None
         params = None if self._weights is None else self._load_weights(self._weights)
         return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params, self._settings)
 
-    def _restore(self) -> TrainState:
-        """The state of the checkpoint of step `start`, which `recover` has verified.
+    def _read_own(self, params: Any, optimizer: Any) -> tuple[Any, Any]:
+        return self._checkpoints.restore(self.start, params, optimizer, verify=False)[:2]
 
-        What it does not hold, since it is older or a key was unset then, begins here.
+    def _read_other(self, params: Any, optimizer: Any) -> tuple[Any, Any]:
+        """As `_read_own`, of the run that this one goes on from."""
+        read = read_converted(self._other.found.folder, params=params, optimizer=optimizer)
+        return read['params'], read['optimizer']
+
+    def _restore(self, folder: pathlib.Path, read: Callable[[Any, Any], tuple[Any, Any]]) -> TrainState:
+        """The state of a checkpoint, of this run or another, which `recover` or `find_run` has verified.
+
+        `read` reads the two trees that it is given. What the checkpoint does not hold, since it is older or a key was
+        unset then, begins here.
         """
         abstract = abstract_state(self.model, self.optimizer, self.mesh, self._settings)
-        folder, wanted = self._checkpoints.folder / str(self.start), abstract.optimizer
+        wanted = abstract.optimizer
         stored, fresh = stored_shapes(folder, 'optimizer') or {}, {}
-        for name in ('skipped_in_a_row', 'spikes'):
+        for name in ('skipped_in_a_row', 'spikes', 'loss_scale'):
             if name not in stored:
                 fresh[name] = wanted.pop(name)
             elif _layout(stored[name]) != _layout(wanted[name]):
@@ -315,10 +388,12 @@ class Trainer:
                     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(self.mesh)),
                     stored[name],
                 )
-        params, optimizer, _ = self._checkpoints.restore(self.start, abstract.params, wanted, verify=False)
+        params, optimizer = read(abstract.params, wanted)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)
+        begun = {'loss_scale': DynamicScale()} if fresh.get('loss_scale') else {}
         optimizer |= jax.jit(
-            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh), out_shardings=shardings
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh) | begun,
+            out_shardings=shardings,
         )()
         ema = None
         if abstract.ema is not None and stored_shapes(folder, 'ema') is not None:
@@ -380,9 +455,10 @@ class Trainer:
             f'model: {self.model.config.num_parameters:,} parameters; {self.total:,} steps of '
             f'{tokens} tokens on {devices}; attention: {" and ".join(kernels)}'
         )
-        if self.start:
+        if self._resumes:
             self.say(f'resuming from step {self.start}')
-        self._open_logs(self.start or NOTHING)
+        # What is there of a run without a checkpoint is of one that begins again.
+        self._open_logs(self.start if self._resumes else NOTHING)
         try:
             yield
         finally:
@@ -404,7 +480,7 @@ class Trainer:
         self._samples = SampleLog(self._workdir, last_step) if self._is_first_process else None
         self._progress = Progress(self.start, self.total, self._is_first_process, self._output)
         self._throughput = Throughput()
-        self._rows_read = self._sizes.rows_before(self.start)  # until the last row of metrics.jsonl
+        self._rows_read = self._rows_before(self.start)  # until the last row of metrics.jsonl
 
     def _close_logs(self) -> None:
         self._progress.close()
@@ -496,6 +572,8 @@ class Trainer:
     def _batches(self) -> '_DeviceBatches':
         run = self._run
         left_out = self._went_back[-1]['rows_left_out'] if self._went_back else 0
+        if self._restored_from is not None:
+            left_out += self._restored_from['rows_ahead'] + self._restored_from['rows_left_out']
         return _DeviceBatches(
             Batches(
                 self.data.train, self._sizes, run.model.block_size, run.train.seed, self._separator, left_out=left_out
@@ -503,16 +581,25 @@ class Trainer:
             self.mesh,
         )
 
+    def _rows_before(self, step: int) -> int:
+        """Rows of the data that were read by the steps before `step`, counted from 0, also those of another run."""
+        ahead = 0 if self._restored_from is None else self._restored_from['rows_ahead']
+        return self._sizes.rows_before(step) + ahead
+
     def _go_back(self, diverged: Diverged) -> TrainState:
         """The state of the last checkpoint, or the first one, from where the run goes on with data that lie ahead.
 
         Where it is killed before it has saved again it does all of this once more: no record of it is needed.
         """
         self._checkpoints.wait()
-        to = (recover(self._checkpoints.folder, self._progress.line) or {'step': 0})['step']
+        recorded = recover(self._checkpoints.folder, self._progress.line)
+        self._resumes = recorded is not None
+        to = recorded['step'] if recorded else self._other.found.step if self._other else 0
         left_out = self._sizes.rows_before(diverged.step) - self._sizes.rows_before(to)
         self._went_back.append({'from': diverged.step, 'to': to, 'rows_left_out': left_out})
         where = f'step {to}, the last good checkpoint' if to else 'the start, as there is no checkpoint yet'
+        if to and not self._resumes:
+            where = f'step {to} of {self._other.path}, as there is no checkpoint yet'
         self._progress.line(
             f'{diverged.reason}: going back to {where}, and on with the data after those of step {diverged.step}; '
             'the next time the run ends'
@@ -521,7 +608,7 @@ class Trainer:
         self._close_logs()
         state = self.first_state()
         self._best_loss = self._checkpoints.best_loss()
-        self._open_logs(to or 0)
+        self._open_logs(to if self._resumes else 0)
         return state
 
     def _must_stop(self, step: int, stop: StopRequest) -> bool:
@@ -552,7 +639,7 @@ class Trainer:
             self.loss = values['loss']
         self._progress.step(step, values['loss'], values['learning_rate'])
         if step in (1, self.total) or step % self._run.train.log_every_steps == 0:
-            rows = self._sizes.rows_before(step)
+            rows = self._rows_before(step)
             tokens = (rows - self._rows_read) * self._run.model.block_size
             self._rows_read = rows
             row = {'step': step, 'tokens': rows * self._run.model.block_size, **values}
@@ -599,9 +686,11 @@ class Trainer:
 
         A resumed run makes up for an evaluation that it was stopped in, and for a preview that was lost after its
         step was saved. A new one shows what the weights of another checkpoint are worth; their loss is not held
-        against later ones, since they are saved elsewhere already.
+        against later ones, since they are saved elsewhere already. The step of another run has been shown there.
         """
-        if self.start:
+        if self._other is not None and not self._resumes:
+            return False
+        if self._resumes:
             # Several processes never break an evaluation off, and only the first would know that a preview is lost.
             if jax.process_count() > 1:
                 return False
@@ -747,6 +836,7 @@ class Trainer:
             'earlier_schedules': self._earlier_schedules,
             'went_back': self._went_back,
             'init_from': self._init_from,
+            'restore_from': self._restored_from,
         }
 
     def say(self, line: str) -> None:
@@ -769,9 +859,10 @@ class Trainer:
             return 'stopped before the first step, so nothing is saved; the same command starts anew'
         if self._put_off:
             last = self._checkpoints.latest_step()
+            began = 'the start' if self._other is None else f'step {self._other.found.step} of {self._other.path}'
             return (
                 f'stopped at step {step}, where steps were being skipped: it is not saved; the same command goes on '
-                f'from {f"step {last}" if last else "the start"}'
+                f'from {f"step {last}" if last else began}'
             )
         return f'stopped and saved at step {step} in {self._workdir}; the same command goes on from there'
 
@@ -818,6 +909,13 @@ def check_multipliers(run: RunConfig, config: GPTConfig) -> None:
 def _layout(tree: Any) -> list[tuple]:
     """Shapes and types of a tree's arrays, whatever classes hold them."""
     return sorted((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
+
+
+def _described_schedule(run: RunConfig, lengths: Lengths) -> dict[str, Any]:
+    """The schedule of a run as `earlier_schedules` records it."""
+    shape = ('final_fraction', 'shape', 'cooldown_fraction')
+    described = {name: getattr(run.schedule, name) for name in shape}
+    return {'warmup': lengths.warmup, 'decay': lengths.decay} | described
 
 
 def _number(value: float) -> float | None:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import resource
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -328,6 +329,34 @@ def test_a_new_step_is_finished_before_the_old_one_goes(folder, monkeypatch):
             checkpoints.save(step, {'w': jnp.ones(2)}, None, {})
     assert seen == [['saving_1'], ['1', 'saving_2']]
     assert Checkpoints(folder).steps() == [2]
+
+
+def test_a_slow_disk_holds_up_the_next_save_alone_and_nothing_is_lost(folder, ckpt, monkeypatch):
+    """`save` returns at once; the next one waits for the disk, with arrays that are as they were given."""
+    write, at_work, may_go_on = verifying.write, threading.Event(), threading.Event()
+
+    def slow_write(place):
+        at_work.set()
+        assert may_go_on.wait(60)
+        return write(place)
+
+    monkeypatch.setattr(verifying, 'write', slow_write)
+    states = {step: ckpt.make_state(step) for step in (1, 2)}
+    with Checkpoints(folder, keep_latest=2) as checkpoints:
+        checkpoints.save(1, *states[1], ckpt.meta)
+        assert at_work.wait(60)
+        assert checkpoints.steps() == []  # the loop goes on, and the step does not count yet
+        second = threading.Thread(target=checkpoints.save, args=(2, *states[2], ckpt.meta))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+        may_go_on.set()
+        second.join(60)
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+        for step, state in states.items():
+            restored = checkpoints.restore(step, *ckpt.abstract(state))
+            ckpt.assert_same_bits(restored[:2], state)
 
 
 def test_the_manifest_lists_every_file_that_orbax_wrote(saved):

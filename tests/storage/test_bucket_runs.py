@@ -221,6 +221,9 @@ def test_each_verb_takes_an_address(bucket, tiny_config, finished_run, tmp_path)
     config = tiny_config({'train.init_from': RUN, 'train.steps': 2, 'schedule.warmup_steps': 1})
     result = train(config, 'gs://bucket/second')
     assert result.step == 2
+    config = tiny_config({'checkpoint.restore_from': RUN, 'train.steps': 7})
+    assert train(config, 'gs://bucket/third').step == 7
+    assert load('gs://bucket/third').meta['restore_from']['step'] == 6
     error = verb('generate', '--checkpoint=gs://nobody-has-this/run', '--prompt=a', status=1)
     assert error.splitlines() == [
         'error: checkpoint gs://nobody-has-this/run: there is no bucket gs://nobody-has-this; correct its name, or '

@@ -124,3 +124,14 @@ def assert_same_bits():
             assert np.asarray(leaf).tobytes() == np.asarray(wanted).tobytes(), jax.tree_util.keystr(path)
 
     return check
+
+
+@pytest.fixture(scope='session')
+def two_steps(tiny_config, tmp_path_factory):
+    """The workdir of a finished run with checkpoints of steps 3 and 6. Copied before it is changed."""
+    from gpt_jax.training import train
+
+    workdir = tmp_path_factory.mktemp('two') / 'run'
+    train(tiny_config({'checkpoint.keep_latest': 2}), workdir)
+    assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['3', '6']
+    return workdir

@@ -14,15 +14,6 @@ from gpt_jax.training import train
 CHANGES = {'checkpoint.keep_latest': 2}
 
 
-@pytest.fixture(scope='module')
-def two_steps(tiny_config, tmp_path_factory):
-    """The workdir of a finished run with checkpoints of steps 3 and 6. Copied before it is changed."""
-    workdir = tmp_path_factory.mktemp('two') / 'run'
-    train(tiny_config(CHANGES), workdir)
-    assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['3', '6']
-    return workdir
-
-
 def rows(workdir):
     lines = (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
     kept = ('step', 'loss', 'val_loss', 'learning_rate')

@@ -137,6 +137,8 @@ def test_the_workdir_is_by_default_named_after_the_config(verb, config, monkeypa
         (['CONFIG', '--config.data.tokenizer=words'], 'data.tokenizer=words'),
         (['CONFIG', '--config.data.corpus=books'], 'data.corpus=books: unknown'),
         (['CONFIG', '--config.train.init_from=none'], 'train.init_from=none: checkpoint none does not exist'),
+        (['CONFIG', '--config.checkpoint.restore_from=none'], 'checkpoint.restore_from=none: checkpoint none does not'),
+        (['CONFIG', '--config.checkpoint.restore_items=params'], 'checkpoint.restore_items=params: of which run?'),
         (['--config=configs/finetune_gpt2.py'], 'train.init_from=gpt2-xl: checkpoint gpt2-xl does not exist'),
         (['CONFIG', '--config.precision.compute=f64'], "precision.compute='f64' must be one of"),
         (['CONFIG', '--config.preview.temperature=0.0'], 'preview.temperature=0.0 must be above 0'),
