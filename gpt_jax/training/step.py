@@ -22,7 +22,14 @@ from gpt_jax.models import GPT, GPTConfig
 from gpt_jax.parallel import activate, batch_sharding, constrain, replicated, tree_shardings
 from gpt_jax.parallel.devices import GIB, memory_of
 from gpt_jax.parallel.sharding import path_name
-from gpt_jax.training.optimizer import as_f32, batch_sizes, rounded_by_chance, without_gradient
+from gpt_jax.training.optimizer import (
+    as_f32,
+    batch_sizes,
+    factors,
+    parse_multipliers,
+    rounded_by_chance,
+    without_gradient,
+)
 
 F32 = 4
 BYTES = {'f32': 4, 'bf16': 2}
@@ -521,6 +528,13 @@ def micro_batches(run: RunConfig, size: int, rows: int) -> int | None:
     largest = run.train.batch_size // run.train.accumulation_steps
     counts = range(-(-size // largest), size + 1)
     return next((count for count in counts if size % count == 0 and size // count % rows == 0), None)
+
+
+def check_multipliers(run: RunConfig, config: GPTConfig) -> None:
+    """Raises InputError where a rule of `optimizer.multipliers` cannot be read, or matches no parameter."""
+    if rules := parse_multipliers(run.optimizer.multipliers):
+        params = jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+        factors(rules, params, 'lr')
 
 
 def check_memory(run: RunConfig, config: GPTConfig, mesh: Mesh) -> None:

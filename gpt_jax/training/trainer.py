@@ -15,19 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.training.dynamic_scale import DynamicScale
 from jax.experimental import multihost_utils
 
-from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, load, recover
+from gpt_jax.checkpoints import Checkpoints, PretrainedWeights, fingerprint, recover
 from gpt_jax.checkpoints.finding import describe_save, while_there
-from gpt_jax.checkpoints.loading import check_tree, read_converted, read_items, stored_shapes
+from gpt_jax.checkpoints.loading import read_converted
 from gpt_jax.config import WEIGHTS_KEYS, RunConfig, as_dict, as_record, differing_keys, parse, read_record
 from gpt_jax.data import Batches, Tokenizer, TrainingData, prefetch, prepare
 from gpt_jax.errors import InputError
-from gpt_jax.models import GPT, GPTConfig, attention_kernels
-from gpt_jax.parallel import global_batch, make_mesh, processes, replicated, tree_shardings
+from gpt_jax.models import GPT, attention_kernels
+from gpt_jax.parallel import global_batch, make_mesh, processes
 from gpt_jax.training import workdir as workdirs
 from gpt_jax.training.evaluate import evaluate, make_teacher_forced_preview
 from gpt_jax.training.logs import (
@@ -45,14 +43,13 @@ from gpt_jax.training.optimizer import (
     as_f32,
     batch_sizes,
     check_rates,
-    factors,
     lengths,
     make_optimizer,
     make_schedule,
-    parse_multipliers,
     resumed_lengths,
 )
 from gpt_jax.training.recipe import find_beginning, model_config, resolve
+from gpt_jax.training.restoring import initial_params, restore_state
 from gpt_jax.training.speed import Throughput
 from gpt_jax.training.step import (
     GRADIENT_SPIKE,
@@ -65,6 +62,7 @@ from gpt_jax.training.step import (
     abstract_state,
     check_memory,
     check_mesh,
+    check_multipliers,
     find_not_finite,
     init_state,
     make_eval_step,
@@ -348,85 +346,33 @@ class Trainer:
 
     def first_state(self) -> TrainState:
         """The state after step `start`: restored, or before the first one drawn or taken from another's weights."""
+        abstract = abstract_state(self.model, self.optimizer, self.mesh, self._settings)
         if self._resumes:
-            return self._restore(self._checkpoints.folder / str(self.start), self._read_own)
+            return restore_state(
+                self._checkpoints.folder / str(self.start),
+                abstract,
+                self.mesh,
+                lambda *trees: self._checkpoints.restore(self.start, *trees, verify=False)[:2],
+            )
         if self._other is not None:
             try:
                 return while_there(
                     dataclasses.replace(self._other.found, chosen_from=None),
-                    lambda found: self._restore(found.folder, self._read_other),
+                    lambda found: restore_state(
+                        found.folder,
+                        abstract,
+                        self.mesh,
+                        lambda *trees: read_converted(found.folder, params=trees[0], optimizer=trees[1]).values(),
+                    ),
                 )
             except InputError as error:
                 raise InputError(f'checkpoint.restore_from={self._other.path}: {error}') from None
         params = None if self._weights is None else self._load_weights(self._weights)
         return init_state(self.model, self.optimizer, self.mesh, self._run.train.seed, params, self._settings)
 
-    def _read_own(self, params: Any, optimizer: Any) -> tuple[Any, Any]:
-        return self._checkpoints.restore(self.start, params, optimizer, verify=False)[:2]
-
-    def _read_other(self, params: Any, optimizer: Any) -> tuple[Any, Any]:
-        """As `_read_own`, of the run that this one goes on from."""
-        read = read_converted(self._other.found.folder, params=params, optimizer=optimizer)
-        return read['params'], read['optimizer']
-
-    def _restore(self, folder: pathlib.Path, read: Callable[[Any, Any], tuple[Any, Any]]) -> TrainState:
-        """The state of a checkpoint, of this run or another, which `recover` or `find_run` has verified.
-
-        `read` reads the two trees that it is given. What the checkpoint does not hold, since it is older or a key was
-        unset then, begins here.
-        """
-        abstract = abstract_state(self.model, self.optimizer, self.mesh, self._settings)
-        wanted = abstract.optimizer
-        stored, fresh = stored_shapes(folder, 'optimizer') or {}, {}
-        for name in ('skipped_in_a_row', 'spikes', 'loss_scale'):
-            if name not in stored:
-                fresh[name] = wanted.pop(name)
-            elif _layout(stored[name]) != _layout(wanted[name]):
-                # What has another size now is read, since a checkpoint is read whole, and left.
-                fresh[name] = wanted[name]
-                wanted[name] = jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(self.mesh)),
-                    stored[name],
-                )
-        params, optimizer = read(abstract.params, wanted)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)
-        begun = {'loss_scale': DynamicScale()} if fresh.get('loss_scale') else {}
-        optimizer |= jax.jit(
-            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh) | begun,
-            out_shardings=shardings,
-        )()
-        ema = None
-        if abstract.ema is not None and stored_shapes(folder, 'ema') is not None:
-            check_tree(folder, 'ema', abstract.ema)
-            ema = read_items(folder, ema=abstract.ema)['ema']
-        elif abstract.ema is not None:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.ema)
-            ema = jax.jit(lambda params: jax.tree.map(jnp.copy, as_f32(params)), out_shardings=shardings)(params)
-        return TrainState.join(params, optimizer, ema)
-
     def _load_weights(self, weights: PretrainedWeights) -> Any:
-        """The parameters that a new run starts from, each on its devices; says and remembers what they are.
-
-        Raises:
-          InputError: a file is missing or damaged.
-        """
-        try:
-            loaded = load(weights.found, sharding=lambda tree: tree_shardings(self.mesh, tree, tree))
-        except InputError as error:
-            raise InputError(f'train.init_from={weights.path}: {error}') from None
-        from_huggingface = weights.found.huggingface
-        self._init_from = {
-            'path': weights.path,
-            'step': None if from_huggingface else loaded.step,
-            'model': dataclasses.asdict(weights.model),
-            'sha256': fingerprint(loaded),
-        }
-        what = 'a Hugging Face directory' if from_huggingface else f'step {loaded.step}'
-        params, block_size, positions = loaded.params, self._run.model.block_size, len(loaded.params['wpe'])
-        if block_size < positions:
-            what += f', the first {block_size} of its {positions} positions'
-            cut = jax.jit(lambda wpe_TD: wpe_TD[:block_size], out_shardings=params['wpe'].sharding)
-            params['wpe'] = cut(params['wpe'])
+        """The parameters that a new run starts from; says and remembers what they are."""
+        params, self._init_from, what = initial_params(weights, self.mesh, self._run.model.block_size)
         self.say(f'weights: {weights.path} ({what})')
         return params
 
@@ -897,18 +843,6 @@ class _DeviceBatches:
     def ahead(self, start: int, stop: int, on_wait: Callable[[float], None]) -> Iterator[Batch]:
         """Those of steps [start, stop), made ahead by a thread."""
         return prefetch(self.make, start, stop, on_wait=on_wait)
-
-
-def check_multipliers(run: RunConfig, config: GPTConfig) -> None:
-    """Raises InputError where a rule of `optimizer.multipliers` cannot be read, or matches no parameter."""
-    if rules := parse_multipliers(run.optimizer.multipliers):
-        params = jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-        factors(rules, params, 'lr')
-
-
-def _layout(tree: Any) -> list[tuple]:
-    """Shapes and types of a tree's arrays, whatever classes hold them."""
-    return sorted((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
 
 
 def _described_schedule(run: RunConfig, lengths: Lengths) -> dict[str, Any]:
