@@ -357,7 +357,7 @@ class CheckpointConfig(_Section):
     every_minutes: float = key(
         0.0, 'and where that long passed since the last save; 0.0: never for that', resume=True, least=0
     )
-    keep_every_steps: int = key(0, 'those of every so many steps stay for good; 0: none', resume=True, least=0)
+    keep_every_steps: int = key(0, 'every so many steps one is saved for good; 0: none', resume=True, least=0)
     keep_best: int = key(1, 'of the lowest validation loss; 0: none is saved for being best', resume=True, least=0)
     restore_from: str | None = key(
         None, 'another run to go on from, at its step: a workdir (its newest checkpoint) or a checkpoints/STEP folder'

@@ -388,11 +388,22 @@ def listing(folder: 'pathlib.Path | Address') -> dict[str, int]:
 
 
 def remove_folder(folder: pathlib.Path) -> None:
-    """Removes `folder`, as far as that is possible, also where threads of a library are still writing to it."""
+    """Removes `folder`, as far as that is possible, also where threads of a library are still writing to it.
+
+    tensorstore makes a missing folder again for a file that it is about to write: one that was there counts as gone
+    when it has stayed away for a quarter of a second.
+    """
+    if not os.path.lexists(folder):
+        return
+    away = 0
     for _ in range(200):  # for at most 10 seconds
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.lexists(folder):
+        if os.path.lexists(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            away = 0
+        elif away == 5:
             return
+        else:
+            away += 1
         time.sleep(0.05)
 
 

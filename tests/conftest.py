@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -18,13 +19,14 @@ import pytest
 
 # Read when jax starts its backend, so before any test imports it.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Small programs that are compiled often and run briefly: the optimizer of machine code costs more than it gains.
+# Small programs that are compiled often and run briefly: the optimizer of machine code costs more than it gains. Two
+# thirds of the tests' time are compilers', and XLA's older way to write a fusion takes them half as long as the newer
+# one; jaxlib 0.12 has the newer one alone, and ends the process at a flag that it does not know.
+QUICK_COMPILATION = '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+    QUICK_COMPILATION += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = ' '.join(
-    (
-        os.environ.get('XLA_FLAGS', ''),
-        '--xla_force_host_platform_device_count=8',
-        '--xla_backend_optimization_level=0',
-    )
+    (os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', QUICK_COMPILATION)
 )
 os.environ.setdefault('MPLBACKEND', 'agg')
 # The same examples in every run: what passed here passes there. `--hypothesis-seed=N` draws others.
@@ -57,6 +59,45 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(8, os.cpu_count() or 1)
 
 
+# The files that take longest, all their tests together, with their minutes on one core: the longest first. A worker of
+# pytest-xdist that came to one of them last would have the others wait for it.
+LONGEST = (
+    'training/test_campaign.py',  # 6
+    'test_docs.py',  # 5
+    'training/test_processes.py',
+    'hub/test_hub.py',
+    'training/test_every_mesh.py',
+    'planning/test_memory.py',
+    'parallel/test_processes_together.py',
+    'training/test_stored_state.py',
+    'training/test_skipping.py',
+    'storage/test_bucket_runs.py',
+    'training/test_resume.py',
+    'verbs/test_generate.py',
+    'training/test_init_from.py',
+    'training/test_trainer.py',
+    'inference/test_engine.py',
+    'training/test_step.py',
+    'test_notebook.py',
+    'inference/test_generate_texts.py',
+    'inference/test_speculative.py',
+    'verbs/test_main.py',  # 1
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Has `--dist loadfile` hand out files in our order, and not those with the most tests first."""
+    if hasattr(config.option, 'loadscopereorder'):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first."""
+    places = {str(ROOT / 'tests' / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
+
+
 @pytest.fixture(autouse=True, scope='module')
 def few_compiled_programs():
     """Forgets compiled programs between files of tests when there are many; what is needed again is read from disk."""
@@ -66,6 +107,18 @@ def few_compiled_programs():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope='session')
+def one_device():
+    """Variables of a process that a test starts, which is to have one device, as a user's, and to compile quickly."""
+    return {'XLA_FLAGS': QUICK_COMPILATION}
+
+
+@pytest.fixture(scope='session')
+def as_users():
+    """Compiler options of a test that reads a program's memory or its fusions: those are written as a user's are."""
+    return {'xla_cpu_use_fusion_emitters': True} if 'use_fusion_emitters' in QUICK_COMPILATION else {}
 
 
 @pytest.fixture(scope='session')
@@ -138,7 +191,7 @@ def several():
             f'jax.config.update("jax_num_cpu_devices", {devices})\n'
             f'jax.distributed.initialize("127.0.0.1:{port}", num_processes={count}, process_id=index)\n'
         )
-        environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+        environment = os.environ | {'XLA_FLAGS': QUICK_COMPILATION}
         environment['PYTHONPATH'] = os.pathsep.join(path for path in sys.path if path)
         children = [
             subprocess.Popen(

@@ -209,6 +209,20 @@ def test_a_full_disk_leaves_no_folder_and_is_told_in_one_line(tmp_path, write):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_a_library_makes_again_while_it_is_removed_is_gone_in_the_end(tmp_path, monkeypatch):
+    folder, moments = tmp_path / 'folder', [True, False, True, False, False, True]
+
+    def a_moment_later(_):
+        if moments and moments.pop(0):  # as tensorstore does for a file that it is about to write
+            (folder / 'd').mkdir(parents=True)
+
+    (folder / 'd').mkdir(parents=True)
+    monkeypatch.setattr(files.time, 'sleep', a_moment_later)
+    files.remove_folder(folder)
+    assert moments == []
+    assert not folder.exists()
+
+
 def test_another_error_in_the_block_comes_out_as_it_is(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / 'file'):
         (tmp_path / 'other').read_bytes()

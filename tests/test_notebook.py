@@ -43,14 +43,15 @@ def tagged(notebook, tag):
 
 
 @pytest.fixture
-def execute(tmp_path, monkeypatch):
+def execute(tmp_path, monkeypatch, one_device):
     """A function: name of a notebook, source of its cell of parameters -> the notebook with its outputs."""
     monkeypatch.setenv('PYTHONPATH', str(ROOT))  # importable, as where it is installed: the install cell does nothing
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('JUPYTER_DATA_DIR', str(tmp_path / 'jupyter'))
     monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
-    monkeypatch.delenv('XLA_FLAGS', raising=False)  # one device, as a reader has
+    for name, value in one_device.items():
+        monkeypatch.setenv(name, value)
 
     def run(name, parameters):
         notebook = nbformat.read(COLAB / name, as_version=4)
@@ -101,8 +102,7 @@ def test_the_showcase_prepares_looks_trains_watches_and_writes(execute, corpus, 
 
 
 @pytest.mark.slow
-def test_generate_writes_with_each_strategy_and_draws_what_the_model_thought(execute, finished_run, monkeypatch):
-    monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
+def test_generate_writes_with_each_strategy_and_draws_what_the_model_thought(execute, finished_run):
     parameters = f"checkpoint, prompt, max_new_tokens = {str(finished_run.workdir)!r}, 'the quick', 5"
     notebook = execute('generate.ipynb', parameters)
 

@@ -531,10 +531,14 @@ def micro_batches(run: RunConfig, size: int, rows: int) -> int | None:
 
 
 def check_multipliers(run: RunConfig, config: GPTConfig) -> None:
-    """Raises InputError where a rule of `optimizer.multipliers` cannot be read, or matches no parameter."""
+    """Raises InputError where a rule of `optimizer.multipliers` cannot be read, matches nothing, or nothing learns."""
     if rules := parse_multipliers(run.optimizer.multipliers):
         params = jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-        factors(rules, params, 'lr')
+        if not any(jax.tree.leaves(factors(rules, params, 'lr'))):
+            raise InputError(
+                f'optimizer.multipliers={run.optimizer.multipliers}: the learning rate of every parameter is 0; leave '
+                'one that learns'
+            )
 
 
 def check_memory(run: RunConfig, config: GPTConfig, mesh: Mesh) -> None:

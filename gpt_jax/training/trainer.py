@@ -136,7 +136,7 @@ def train(
         after the run went back for it.
     """
     with processes.ended_together():
-        processes.check_alike(_own(parse(config), workdir))
+        processes.check_alike(_own(config, workdir))
     output = Output(jax.process_index() == 0)
     with workdirs.locked(workdir) as workdir, processes.ended_together():
         recorded = recover(workdir / 'checkpoints', output.line)
@@ -175,10 +175,11 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Diverged:
-    """Why a run cannot go on as it does: `reason` is a sentence on what was measured at `step`."""
+    """Why a run cannot go on as it does: a sentence on what was measured at `step`; whether these were `spikes`."""
 
     step: int
     reason: str
+    spikes: bool = False
 
 
 class Trainer:
@@ -266,10 +267,13 @@ class Trainer:
         self.total = max(self.start, self.lengths.total)  # its length may be changed to less than it has come
         if profile is not None and profile[0] > self.total:
             raise InputError(f'--profile={profile[0]}:{profile[1]}: the run has {self.total} steps; name some of them')
+        if profile is not None and profile[1] <= self.start:
+            self.say(f'--profile={profile[0]}:{profile[1]}: these steps are taken; nothing is traced')
         self.loss: float | None = None
         self.val_loss: float | None = None
         self._in_a_row = 0  # steps skipped until now
         self._put_off = False  # whether a save waits for a step that is not skipped
+        self._is_ours = True  # whether the workdir still is
         # Where it went back to an earlier checkpoint, and the rows of the data that it has left out since.
         self._went_back = list((recorded or {}).get('went_back', ()))
         self._separator = self.data.tokenizer.end_of_text if run.data.mask_documents else None
@@ -409,8 +413,10 @@ class Trainer:
             yield
         finally:
             self._stop_trace()
-            self._close_logs()
-            if self._is_first_process:
+            self._progress.close()
+            if self._is_ours:
+                self._close_logs()
+            if self._is_ours and self._is_first_process:
                 with surviving('loss.png'):
                     plot_loss(self._workdir)
 
@@ -601,6 +607,7 @@ class Trainer:
             step,
             f'loss {values["loss"]} or gradient norm {values["grad_norm"]} at step {step} is {what}, and '
             f'{self._in_a_row} step(s) in a row were skipped',
+            spikes=reason not in (NOT_FINITE, OVERFLOW),
         )
 
     def _say_skipped(self, step: int, reason: int, values: dict[str, float]) -> None:
@@ -624,7 +631,10 @@ class Trainer:
 
     def _due(self, step: int, *kinds: str) -> bool:
         """Whether any of `kinds` ('eval', 'preview', 'checkpoint'; none given: all) follows `step`."""
-        every = (getattr(self._run, kind).every_steps for kind in kinds or ('eval', 'preview', 'checkpoint'))
+        kinds = kinds or ('eval', 'preview', 'checkpoint')
+        every = [getattr(self._run, kind).every_steps for kind in kinds]
+        if 'checkpoint' in kinds:  # what is to stay has to be saved
+            every.append(self._run.checkpoint.keep_every_steps)
         return step == self.total or any(count > 0 and step % count == 0 for count in every)
 
     def _stops_before_the_first_step(self, state: TrainState, stop: StopRequest) -> bool:
@@ -637,10 +647,11 @@ class Trainer:
         if self._other is not None and not self._resumes:
             return False
         if self._resumes:
-            # Several processes never break an evaluation off, and only the first would know that a preview is lost.
-            if jax.process_count() > 1:
-                return False
-            if self._due(self.start, 'eval') and self.start not in self._metrics.evaluated:
+            done = np.zeros(2, bool)
+            if self._is_first_process:  # which has the logs
+                done[:] = self.start in self._metrics.evaluated, self.start in self._samples.steps
+            is_evaluated, is_shown = multihost_utils.broadcast_one_to_all(done)
+            if self._due(self.start, 'eval') and not is_evaluated:
                 stopped, diverged = self._follow_up(self.start, state, stop, stopped=False)
                 if diverged is not None:
                     raise InputError(f'{diverged.reason}, that of the checkpoint: remove it, and an older one is used')
@@ -648,7 +659,7 @@ class Trainer:
                     # It was saved without, when a signal broke the evaluation off, and may yet be the best.
                     self._checkpoints.record_loss(self.start, self.val_loss)
                 return stopped
-            if self._due(self.start, 'preview') and self.start not in self._samples.steps:
+            if self._due(self.start, 'preview') and not is_shown:
                 self._preview(self.start, state)
             return False
         if self._weights is None:
@@ -682,13 +693,14 @@ class Trainer:
                 return stopped, Diverged(step, f'validation loss {val_loss} at step {step} is not finite')
             # An evaluation that was broken off is made up for on resume, so nothing may come after this step.
             stopped = stopped or val_loss is None
-            if val_loss is not None and (self._best_loss is None or val_loss < self._best_loss):
-                self._best_loss = val_loss
-                is_best = self._run.checkpoint.keep_best > 0
-        if stopped or is_best or self._put_off or self._due(step, 'checkpoint') or self._is_time_to_save(step):
+            is_best = val_loss is not None and (self._best_loss is None or val_loss < self._best_loss)
+        saves_it = is_best and self._run.checkpoint.keep_best > 0
+        if stopped or saves_it or self._put_off or self._due(step, 'checkpoint') or self._is_time_to_save(step):
             self._put_off = self._in_a_row > 0 and step < self.total
             if not self._put_off:
                 self._save(step, state, val_loss)
+                if is_best:  # one that is put off is not: no checkpoint would hold what the next ones are held against
+                    self._best_loss = val_loss
         if self._due(step, 'preview') and not (self._due(step, 'eval') and val_loss is None):
             self._preview(step, state)
         return stopped, None
@@ -703,6 +715,11 @@ class Trainer:
 
     def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
         self._watchdog.at(f'saving step {step}, or at the end of the save before')
+        try:
+            workdirs.check_still_ours(self._workdir)
+        except InputError:
+            self._is_ours = False
+            raise
         self._saved = time.monotonic()
         if self._metrics is not None:
             self._metrics.sync()
@@ -823,9 +840,15 @@ class Trainer:
         count = micro_batches(self._run, size, self._row_devices)
         first = find_not_finite(self.model, self.mesh, state, batch, count, self._run.train.seed, self._settings)
         first = f'; the first to be not finite: {first}' if first else ''
+        way_out = f'lower optimizer.learning_rate or lengthen schedule.warmup_steps{precise}'
+        if diverged.spikes:
+            way_out = (
+                'raise train.spike_loss_deviations, train.spike_grad_norm_deviations (None: no spikes) or '
+                'train.max_skipped_in_a_row, or lower optimizer.learning_rate'
+            )
         return InputError(
             f'{diverged.reason}{first}; the run had gone back already, from step {before["from"]} to step '
-            f'{before["to"]}; {kept}; lower optimizer.learning_rate or lengthen schedule.warmup_steps{precise}'
+            f'{before["to"]}; {kept}; {way_out}'
         )
 
 
@@ -861,9 +884,16 @@ def _number(value: float) -> float | None:
 _OF_A_HOST = ('data.path', 'data.cache_dir', 'data.num_workers')
 
 
-def _own(given: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
-    """What must be the same in all processes of a run, by name."""
-    keys = {f'{section}.{name}': value for section, keys in as_dict(given).items() for name, value in keys.items()}
+def _own(given: Mapping[str, Any] | RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by name; values that cannot be used among it."""
+    given = given.to_dict() if hasattr(given, 'to_dict') else given
+    sections = as_dict(given) if isinstance(given, RunConfig) else given
+    keys = {
+        f'{section}.{name}': value if value is None or isinstance(value, (int, str)) else repr(value)
+        for section, keys in sections.items()
+        if isinstance(keys, Mapping)
+        for name, value in keys.items()
+    }
     versions = {f'version of {name}': version for name, version in describe_save(0)['versions'].items()}
     return {
         **{name: value for name, value in keys.items() if name not in _OF_A_HOST},

@@ -107,6 +107,23 @@ def locked(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
             lock.release()
 
 
+def check_still_ours(workdir: pathlib.Path) -> None:
+    """Raises InputError where another run has taken this one for dead, and its place in a `locked` workdir.
+
+    So it happens to a process that sleeps for more than `STALE_SECONDS`, such as a machine that is suspended, or that
+    cannot reach its storage for as long: it must not write over what the other one has written since.
+    """
+    try:
+        holder = _holder(read_json(workdir / '.holder.json'))
+    except InputError:  # nobody's, or out of reach: then what is to be written will tell
+        return
+    if holder is not None and not _is_this_process(holder):
+        raise InputError(
+            f'--workdir={workdir}: process {holder["pid"]} on host {holder["host"]} has taken it over, as this run had '
+            f'given no sign of life for {STALE_SECONDS} s; this one ends and writes no more, that one goes on'
+        )
+
+
 def _as_path(workdir: str | os.PathLike) -> pathlib.Path:
     """Raises InputError where that is no path, or none that libraries can be given."""
     given = as_path(workdir, f'--workdir={workdir}')
@@ -188,9 +205,10 @@ class _Lock:
         """Takes the files away, and folders that were made for nothing."""
         self._ended.set()
         self._thread.join()
-        if self._is_ours():
+        holder = self._read()
+        if holder is None or _is_this_process(holder):
             self._holder.unlink(missing_ok=True)
-        (self._workdir / '.lock').unlink(missing_ok=True)  # while it is still locked, or it could be another one's
+            (self._workdir / '.lock').unlink(missing_ok=True)  # while it is still locked, or it could be another one's
         self._open_again()
 
     def _open_again(self) -> None:
@@ -204,7 +222,7 @@ class _Lock:
             # Where storage fails for a moment the next beat may come through. Where this process slept for so long
             # that another host took its place (a laptop's lid), it must not take it back.
             with contextlib.suppress(OSError):
-                if self._is_ours():
+                if (holder := self._read()) is not None and _is_this_process(holder):
                     self._write()
 
     def _write(self) -> None:
@@ -217,10 +235,6 @@ class _Lock:
             return _holder(read_json(self._holder))
         except InputError:
             return None
-
-    def _is_ours(self) -> bool:
-        holder = self._read()
-        return holder is not None and (holder['host'], holder['pid']) == (socket.gethostname(), os.getpid())
 
     def _refusal(self, holder: dict[str, Any] | None) -> InputError:
         return _refused(self._workdir, holder)
@@ -334,6 +348,10 @@ def _refused(workdir: pathlib.Path, holder: dict[str, Any] | None) -> InputError
 def _is_here(holder: dict[str, Any]) -> bool:
     """Whether its process, if it lives, is one that this one can see."""
     return holder['host'] == socket.gethostname() and holder.get('system', _system()) == _system()
+
+
+def _is_this_process(holder: dict[str, Any]) -> bool:
+    return (holder['host'], holder['pid']) == (socket.gethostname(), os.getpid())
 
 
 def _alive(holder: dict[str, Any]) -> bool:

@@ -39,7 +39,7 @@ def lay_out(folder: pathlib.Path, record: bytes) -> dict:
     document = json.loads(record)
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     config = GPTConfig(**{key: value for key, value in document['model'].items() if key in fields})
-    params = GPT(config).init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))['params']
+    params = jax.jit(GPT(config).init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))['params']
     with ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(params=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
     ) as checkpointer:
@@ -70,7 +70,7 @@ def test_a_checkpoint_of_an_earlier_version_loads_with_its_model_and_tokenizer(n
     assert loaded.tokenizer.fingerprint == json.loads(record)['tokenizer_fingerprint']
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     tokens = jnp.asarray([loaded.tokenizer.encode('The king')])
-    assert np.isfinite(loaded.model.apply({'params': loaded.params}, tokens)).all()
+    assert np.isfinite(jax.jit(loaded.model.apply)({'params': loaded.params}, tokens)).all()
     assert checkpoints.recover(tmp_path / 'checkpoints') == json.loads(record)
     weights = checkpoints.find_weights(tmp_path)
     assert (weights.model, weights.found.step) == (loaded.model.config, 20)

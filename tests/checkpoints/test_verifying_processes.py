@@ -61,11 +61,11 @@ CHILD = """if True:
 
 
 @pytest.mark.slow
-def test_two_processes_hash_each_a_share_and_what_one_cannot_process_0_does(tmp_path):
+def test_two_processes_hash_each_a_share_and_what_one_cannot_process_0_does(tmp_path, one_device):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+    environment = os.environ | one_device
     folder = tmp_path / 'checkpoints'
     children = [
         subprocess.Popen(

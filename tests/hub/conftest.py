@@ -44,7 +44,7 @@ def hub():
 
 
 @pytest.fixture
-def environment(hub, tmp_path):
+def environment(hub, one_device, tmp_path):
     """Of a process that takes the local hub for the real one, with a cache of its own."""
     ours = {
         'HF_ENDPOINT': hub.url,
@@ -52,9 +52,8 @@ def environment(hub, tmp_path):
         'HF_HUB_DISABLE_TELEMETRY': '1',
         'USE_TORCH': '0',  # `datasets` imports it where it is installed, which takes seconds
         'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
-        'XLA_FLAGS': '--xla_backend_optimization_level=0',  # and one device
     }
-    return {name: value for name, value in os.environ.items() if name != 'HF_HUB_OFFLINE'} | ours
+    return {name: value for name, value in os.environ.items() if name != 'HF_HUB_OFFLINE'} | one_device | ours
 
 
 @pytest.fixture

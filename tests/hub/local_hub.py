@@ -76,6 +76,7 @@ class LocalHub:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # or the second piece of an answer waits for the first one's receipt
 
     def log_message(self, *args):
         pass

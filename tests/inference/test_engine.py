@@ -199,14 +199,15 @@ def test_shared_weights_are_decoded_from_without_a_copy(model, params, engine, t
 
 
 @pytest.mark.slow
-def test_a_decoding_loop_makes_no_copy_of_shared_weights():
+def test_a_decoding_loop_makes_no_copy_of_shared_weights(as_users):
     model = GPT(GPTConfig(VOCAB, BLOCK, n_layer=8, n_head=2, d_model=64))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
     shared = Engine(model, params, weights='share')
     batch = SamplingBatch(shared, 1, 20, GREEDY, StoppingCriteria(10, -1))
     batch.add([Request([1, 2, 3])])
     batch.advance(1)
-    program = decode.lower(model, None, shared.params, batch._state, 8, 10, batch._chain).compile()
+    lowered = decode.lower(model, None, shared.params, batch._state, 8, 10, batch._chain)
+    program = lowered.compile(compiler_options=as_users)
     blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(params['blocks']))
     assert program.memory_analysis().temp_size_in_bytes < 0.5 * blocks
 

@@ -262,12 +262,12 @@ def test_the_loop_ends_when_every_row_has_ended(engine, complete):
 
 
 @pytest.mark.parametrize('rows', [1, 2])
-def test_a_step_writes_to_its_cache_in_place(engine, rows):
+def test_a_step_writes_to_its_cache_in_place(engine, rows, as_users):
     batch = SamplingBatch(engine, rows, len(PROMPT) + 20, GREEDY, StoppingCriteria(20, END))
     batch.add([Request(PROMPT)] * rows)
     batch.advance(1)
     arguments = (engine.model, None, engine.params, batch._state, 8, 20, batch._chain)
-    program = decode.lower(*arguments).compile().as_text()
+    program = decode.lower(*arguments).compile(compiler_options=as_users).as_text()
     # One row is written as a slice, several by a scatter.
     cache, write = f'f32[{rows},2,32,16]{{3,2,1,0}}', 'dynamic-update-slice' if rows == 1 else 'scatter'
     assert f'{cache} {write}(' in program

@@ -172,12 +172,12 @@ def command(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def launch():
+def launch(one_device):
     """A function: commands -> their processes, started at once; whatever is left of them is killed in the end."""
     started = []
 
     def start(*commands):
-        environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'PYTHONPATH': str(ROOT)}
+        environment = os.environ | one_device | {'PYTHONPATH': str(ROOT)}
         environment['PATH'] = os.pathsep.join((os.path.dirname(sys.executable), environment['PATH']))
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
         new = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for command in commands]

@@ -15,7 +15,7 @@ from gpt_jax.training.step import abstract_state, make_train_step
 
 
 @pytest.fixture(scope='session')
-def estimate_and_truth():
+def estimate_and_truth(as_users):
     """A function: mesh, batch, accumulation steps, fields of GPTConfig -> Memory, and bytes by XLA."""
 
     def measure(mesh=(1, 1, 1, 1), batch_size=8, accumulation_steps=1, **fields):
@@ -27,7 +27,8 @@ def estimate_and_truth():
         state = abstract_state(GPT(config), optimizer, made)
         step = make_train_step(GPT(config), optimizer, schedule, made, accumulation_steps)
         tokens = jax.ShapeDtypeStruct((batch_size, config.block_size), jnp.int32, sharding=batch_sharding(made))
-        analysis = step.lower(state, {'tokens': tokens, 'targets': tokens}).compile().memory_analysis()
+        lowered = step.lower(state, {'tokens': tokens, 'targets': tokens})
+        analysis = lowered.compile(compiler_options=as_users).memory_analysis()
         truth = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
         truth += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         placement = Placement(config, mesh_config, batch_size, accumulation_steps)

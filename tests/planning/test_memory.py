@@ -10,6 +10,7 @@ from gpt_jax.models.config import ACTIVATIONS
 from gpt_jax.planning.memory import kept_of_token
 
 SCANNED = {'scan_layers': True}
+UNROLLED = {'n_layer': 4}  # each layer costs the compiler half a second
 BANDED = {'attention_pattern': 'alternating', 'band_size': 32}
 # Together they cover both dtypes, all policies, both patterns, scanned and unrolled, accumulation, and both meshes.
 QUICK = {
@@ -33,15 +34,15 @@ MORE = {
     'scanned, full, fsdp, two micro-batches': SCANNED
     | {'remat': 'full', 'mesh': (1, 8, 1, 1), 'batch_size': 128, 'accumulation_steps': 2},
     'scanned, wide context': SCANNED | {'block_size': 256, 'n_layer': 2},
-    'unrolled, names': {'remat': 'names'},
-    'unrolled, bf16': {'compute_dtype': 'bf16'},
-    'unrolled, banded': BANDED,
-    'unrolled, fsdp': {'mesh': (1, 8, 1, 1), 'batch_size': 64},
-    'unrolled, four micro-batches': {'batch_size': 32, 'accumulation_steps': 4},
+    'unrolled, names': UNROLLED | {'remat': 'names'},
+    'unrolled, bf16': UNROLLED | {'compute_dtype': 'bf16'},
+    'unrolled, banded': UNROLLED | BANDED,
+    'unrolled, fsdp': UNROLLED | {'mesh': (1, 8, 1, 1), 'batch_size': 64},
+    'unrolled, four micro-batches': UNROLLED | {'batch_size': 32, 'accumulation_steps': 4},
     'unrolled, wide context': {'block_size': 256, 'n_layer': 2},
     'dropout': SCANNED | {'resid_dropout': 0.1, 'mlp_dropout': 0.1},
     'attention dropout': SCANNED | {'attention_dropout': 0.1},
-    'attention dropout, unrolled': {'attention_dropout': 0.1},
+    'attention dropout, unrolled': UNROLLED | {'attention_dropout': 0.1},
     'head of its own, large vocabulary': SCANNED | {'tie_embeddings': False},
     'tensor': SCANNED | {'mesh': (1, 1, 4, 1)},
     'fsdp x tensor': SCANNED | {'mesh': (1, 2, 4, 1), 'batch_size': 16},

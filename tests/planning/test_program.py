@@ -18,7 +18,7 @@ TURNS, ROWS, INNER, OUTER = 5, 16, 64, 32
 
 
 @pytest.fixture(scope='module')
-def text():
+def text(as_users):
     """A loop of products whose contracted dimension is split over four, so that each turn ends with an all-reduce."""
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     put = functools.partial(NamedSharding, mesh)
@@ -31,7 +31,7 @@ def text():
 
         return jax.lax.scan(turn, jnp.zeros((ROWS, OUTER)), w)[0]
 
-    return jax.jit(products).lower(x, w).compile().as_text()
+    return jax.jit(products).lower(x, w).compile(compiler_options=as_users).as_text()
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_turns(text):

@@ -28,6 +28,8 @@ class Handler(emulator.RequestHandler):
     """The emulator's, one request after another."""
 
     protocol_version = 'HTTP/1.1'  # a connection serves many
+    # An answer is written in two pieces: the second would wait for the first one's receipt, which a client delays.
+    disable_nagle_algorithm = True
 
     def __init__(self, bucket, *args):
         self.bucket = bucket

@@ -36,6 +36,15 @@ def test_a_run_holds_its_workdir_until_it_ends(bucket):
         pass
 
 
+def test_a_run_whose_place_was_taken_is_told_so(bucket):
+    with workdir.locked(RUN) as path:
+        workdir.check_still_ours(path)
+        bucket.write('run/.holder.json', holder(host='node7', pid=4711))
+        with pytest.raises(InputError, match=f'--workdir={RUN}: process 4711 on host node7 has taken it over'):
+            workdir.check_still_ours(path)
+    assert bucket.names() == ['run/.holder.json']  # the other's
+
+
 @pytest.mark.parametrize('where', ['another host', "another container of this host's name"])
 def test_a_holder_elsewhere_is_dead_when_its_heart_has_stopped(bucket, where):
     changes = {'host': 'elsewhere'} if where == 'another host' else {'system': 'another', 'pid': 2**22}

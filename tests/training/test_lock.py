@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from gpt_jax.checkpoints import load
+from gpt_jax.checkpoints import Checkpoints, load
 from gpt_jax.errors import InputError
 from gpt_jax.training import train, workdir
 from gpt_jax.training.workdir import STALE_SECONDS, locked
@@ -130,6 +130,27 @@ def test_a_holder_shows_every_few_seconds_that_it_is_alive(tmp_path, monkeypatch
             pass
         assert beat() > first
     assert files(tmp_path) == []
+
+
+def test_a_run_whose_place_was_taken_saves_no_more_and_leaves_all_to_the_other(tiny_config, tmp_path, monkeypatch):
+    """As that of a machine that slept: the other host took it for dead."""
+    save, kept = Checkpoints.save, {}
+
+    def save_and_sleep(self, step, *arguments, **keywords):
+        done = save(self, step, *arguments, **keywords)
+        self.wait()
+        write_holder(tmp_path, host='node7', pid=4711)
+        (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 1.0}\n', encoding='utf-8')
+        (tmp_path / 'loss.png').write_bytes(b'of the other one')
+        kept.update({path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()})
+        return done
+
+    monkeypatch.setattr(Checkpoints, 'save', save_and_sleep)
+    message = rf'--workdir={tmp_path}: process 4711 on host node7 has taken it over'
+    with pytest.raises(InputError, match=message):
+        train(tiny_config({'checkpoint.every_steps': 2, 'train.log_every_steps': 100, 'eval.every_steps': 0}), tmp_path)
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['2']
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, InputError])

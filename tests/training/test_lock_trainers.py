@@ -35,11 +35,11 @@ def get_config():
 
 
 @pytest.fixture
-def trainer(tmp_path, corpus):
+def trainer(tmp_path, corpus, one_device):
     """A function: starts `python -m gpt_jax.main` in one and the same workdir."""
     config = tmp_path / 'experiment.py'
     config.write_text(CONFIG.format(corpus=str(corpus), cache=str(tmp_path / 'cache'), steps=120), encoding='utf-8')
-    environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': os.pathsep.join(path for path in sys.path if path)}
+    environment = os.environ | one_device | {'PYTHONPATH': os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, '-m', 'gpt_jax.main', f'--config={config}', f'--workdir={tmp_path / "run"}']
     with contextlib.ExitStack() as stack:
 

@@ -154,3 +154,10 @@ def test_steps_to_trace_are_two_numbers_in_order():
 def test_steps_beyond_the_run_are_refused(tiny_config, tmp_path):
     with pytest.raises(InputError, match=r'--profile=100:101: the run has 6 steps'):
         train(tiny_config(), tmp_path / 'run', profile=(100, 101))
+
+
+def test_steps_that_are_taken_already_are_not_traced_and_that_is_said(tiny_config, tmp_path, capsys):
+    train(tiny_config({'train.steps': 3, 'schedule.decay_steps': 6}), tmp_path)
+    train(tiny_config(), tmp_path, profile=(1, 3))
+    assert '--profile=1:3: these steps are taken; nothing is traced' in capsys.readouterr().out
+    assert not (tmp_path / 'profile').exists()

@@ -48,11 +48,12 @@ def get_config():
 class Process:
     """`python -m gpt_jax.main` on one device, watched line by line."""
 
+    environment = None  # its variables, which `config` sets
+
     def __init__(self, config, workdir):
         command = [sys.executable, '-m', 'gpt_jax.main', f'--config={config}', f'--workdir={workdir}']
-        environment = os.environ | {'XLA_FLAGS': ''}
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, cwd=ROOT, env=self.environment, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         if hasattr(fcntl, 'F_SETPIPE_SZ'):
             fcntl.fcntl(self._process.stdout.fileno(), fcntl.F_SETPIPE_SZ, 4096)
@@ -94,7 +95,8 @@ class Process:
 
 
 @pytest.fixture(scope='module')
-def config(tmp_path_factory, corpus):
+def config(tmp_path_factory, corpus, one_device):
+    Process.environment = os.environ | one_device
     folder = tmp_path_factory.mktemp('resume')
     path = folder / 'experiment.py'
     path.write_text(CONFIG.format(corpus=str(corpus), cache=str(folder / 'cache'), steps=STEPS), encoding='utf-8')

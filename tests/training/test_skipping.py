@@ -305,6 +305,25 @@ def test_nothing_is_saved_while_steps_are_skipped(tiny_config, tmp_path, poison)
     assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [2, 5, 6]
 
 
+def test_the_best_is_one_that_is_saved_and_not_one_that_was_put_off(tiny_config, tmp_path, poison, monkeypatch):
+    poison(lambda first_row: first_row == 48)  # that of step 4, which is evaluated as the best of all, and not saved
+    losses = iter([5.0, 4.0, 4.5, 4.8])
+    monkeypatch.setattr(
+        trainer,
+        'evaluate',
+        lambda *_, **__: {'val_loss': next(losses), 'val_perplexity': 1.0, 'val_bits_per_byte': 1.0},
+    )
+    config = {'train.steps': 8, 'schedule.decay_steps': 8, 'eval.every_steps': 2, 'checkpoint.every_steps': 0}
+    train(tiny_config(config), tmp_path)
+    assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [6, 8]
+
+
+def test_a_run_that_ends_for_spikes_names_what_makes_a_spike(tiny_config, tmp_path):
+    keys = {'train.spike_loss_deviations': 0.01, 'train.spike_window_steps': 2, 'train.max_skipped_in_a_row': 1}
+    with pytest.raises(InputError, match=r'is a spike.* gone back already.*; raise train\.spike_loss_deviations'):
+        train(tiny_config(keys | {'train.steps': 40, 'schedule.decay_steps': 40}), tmp_path)
+
+
 def test_a_run_that_diverges_at_once_begins_anew_and_then_says_what_to_change(tiny_config, tmp_path, capsys):
     config = tiny_config(
         {

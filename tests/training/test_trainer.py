@@ -306,3 +306,15 @@ def test_a_run_that_cannot_be_says_so_in_one_line_and_leaves_no_checkpoint(tiny_
     assert message in str(error.value)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_steps_that_are_to_stay_are_saved_whatever_else_is_due(tiny_config, tmp_path):
+    keys = {'every_steps': 4, 'keep_every_steps': 2, 'keep_latest': 1, 'keep_best': 0}
+    config = {f'checkpoint.{name}': value for name, value in keys.items()} | {'eval.every_steps': 0}
+    train(tiny_config(config | {'train.steps': 5}), tmp_path)
+    assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [2, 4, 5]
+
+
+def test_multipliers_that_leave_nothing_to_learn_are_refused(tiny_config, tmp_path):
+    with pytest.raises(InputError, match=r'optimizer.multipliers=\.\*:lr=0: the learning rate of every parameter is 0'):
+        train(tiny_config({'optimizer.multipliers': '.*:lr=0'}), tmp_path)

@@ -14,12 +14,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def process():
+def process(one_device):
     """A function: verb, arguments, standard input, folder -> the finished process, on one device."""
 
     def run(verb, *arguments, stdin='', cwd=ROOT):
         command = [sys.executable, '-m', f'gpt_jax.{verb}', *arguments]
-        environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+        environment = os.environ | one_device | {'PYTHONPATH': str(ROOT)}
         return subprocess.run(
             command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, check=False
         )

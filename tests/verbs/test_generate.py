@@ -128,11 +128,11 @@ def test_drafts_change_nothing_but_are_counted(verb, checkpoint, source):
 
 
 @pytest.mark.slow
-def test_a_terminal_sees_tokens_as_they_come_and_is_left_on_a_new_line(checkpoint):
+def test_a_terminal_sees_tokens_as_they_come_and_is_left_on_a_new_line(checkpoint, one_device):
     # Over a pseudo-terminal, and interrupted by Ctrl-C as soon as something is shown.
     command = [sys.executable, '-m', 'gpt_jax.generate', checkpoint, '--prompt=a\x1b[1m', '--max_new_tokens=100000']
     leader, follower = pty.openpty()
-    environment = os.environ | {'XLA_FLAGS': ''}
+    environment = os.environ | one_device
     process = subprocess.Popen(
         [*command, '--allow_sliding'], cwd=ROOT, env=environment, stdout=follower, stderr=subprocess.PIPE, text=True
     )
