@@ -16,7 +16,7 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, MutableMapping
 from typing import Any, TypeVar
 
 import jax
@@ -343,20 +343,25 @@ def fingerprint(found: Any) -> str:
 
 def finished_steps(folder: pathlib.Path) -> list[int]:
     """The steps under `folder` that have their manifest, in ascending order; empty where there is no such folder."""
-    return [step for step in step_names(folder) if verifying.exists(folder / str(step))]
+    # What is in a bucket costs a request over the network: one with a manifest is a checkpoint, and counts.
+    steps = map(int, _numbers(folder)) if is_address(folder) else step_names(folder)
+    return sorted(step for step in steps if verifying.exists(folder / str(step)))
 
 
 def step_names(folder: pathlib.Path) -> list[int]:
     """The steps under `folder` by the names of their folders alone, damaged or not, in ascending order."""
+    paths = (folder / name for name in _numbers(folder))
+    return sorted(int(path.name) for path in paths if is_checkpoint(path) and committing.counts(path))
+
+
+def _numbers(folder: pathlib.Path) -> list[str]:
+    """What in `folder` has the name of a step."""
     try:
-        paths = list(folder.iterdir())
+        return [path.name for path in folder.iterdir() if is_step_name(path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise InputError(f'{folder} cannot be read ({error.strerror})') from None
-    return sorted(
-        int(path.name) for path in paths if is_step_name(path.name) and is_checkpoint(path) and committing.counts(path)
-    )
 
 
 def is_step_name(name: str) -> bool:
@@ -378,15 +383,18 @@ def is_checkpoint(path: pathlib.Path) -> bool:
     return not names or not names.isdisjoint({verifying.NAME, '_CHECKPOINT_METADATA', *ITEMS})
 
 
-def val_losses(folder: pathlib.Path) -> dict[int, float]:
-    """Validation loss of every finished step that has one; a step whose record is damaged has none."""
-    losses = {}
-    for step in finished_steps(folder):
-        with contextlib.suppress(verifying.DamagedError):  # or the training removed it since it was listed
-            loss = read_step_meta(folder / str(step))['val_loss']
-            if loss is not None:
-                losses[step] = loss
-    return losses
+def val_losses(
+    folder: pathlib.Path, steps: Collection[int], known: MutableMapping[int, float | None]
+) -> dict[int, float]:
+    """Validation loss of each of these finished steps that has one; a step whose record is damaged has none.
+
+    Those in `known`, None where a step has none, are not read again; those that are read are added to it.
+    """
+    for step in steps:
+        if step not in known:
+            with contextlib.suppress(verifying.DamagedError):  # or the training removed it since it was listed
+                known[step] = read_step_meta(folder / str(step))['val_loss']
+    return {step: loss for step in steps if (loss := known.get(step)) is not None}
 
 
 def read_meta(found: Resolved) -> dict[str, Any]:
@@ -400,7 +408,7 @@ def read_step_meta(step_folder: pathlib.Path) -> dict[str, Any]:
     Raises DamagedError, naming the file, when it or the manifest is missing or damaged, and InputError when a newer
     gpt_jax wrote it.
     """
-    verifying.verify(step_folder, META_FILE.__eq__, way_out=way_out(step_folder))
+    verifying.verify(step_folder, META_FILE.__eq__, way_out=lambda: way_out(step_folder))
     try:
         meta = json.loads((step_folder / META_FILE).read_bytes())
     except StorageError:

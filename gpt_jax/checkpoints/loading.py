@@ -138,7 +138,7 @@ def _load(found: Resolved, sharding: Placement) -> Loaded:
         check_weights(found)
         item, left = ('params', 'ema') if found.weights == 'raw' else ('ema', 'params')
         unread = ('optimizer/', f'{left}/')
-        verifying.verify_together(folder, lambda name: not name.startswith(unread), way_out=way_out(folder))
+        verifying.verify_together(folder, lambda name: not name.startswith(unread), way_out=lambda: way_out(folder))
         shapes = stored_shapes(folder, item)
         placed = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

@@ -69,7 +69,7 @@ def recover(folder: str | os.PathLike, say: Callable[[str], None] = print) -> di
     while (step := agreed(next(steps, None))) is not None:
         step_folder = folder / str(step)
         try:
-            verifying.verify_together(step_folder, way_out=way_out(step_folder))
+            verifying.verify_together(step_folder)
             meta = read_step_meta(step_folder)
         except verifying.DamagedError as error:
             damaged[step] = error
@@ -145,6 +145,9 @@ class Checkpoints:
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._pending: concurrent.futures.Future | None = None
         self._failed = self._lost = False
+        # The validation losses of steps in a bucket, where to read a record takes many requests; None where one has
+        # none. Nobody else writes to the folder. Which steps there are is asked each time.
+        self._losses: dict[int, float | None] = {}
         self._at_the_end = contextlib.ExitStack()
 
     def __enter__(self) -> 'Checkpoints':
@@ -172,14 +175,15 @@ class Checkpoints:
         is something else or the disk is full or cannot be written to.
         """
         self._wait_or_go_on()
-        if step in self.steps():
+        if self._has(step):
             return False
+        self._losses.pop(step, None)
         params, optimizer = _storable(params), _storable(optimizer)
         meta = {**meta, **describe_save(step, val_loss)}
         json.dumps(meta)  # a meta that is not JSON is refused here, not later in the background
         with self._told(step):
             self._start(step, params, optimizer, meta, _storable(ema))
-        self._pending = self._finisher.submit(self._finish, step)
+        self._pending = self._finisher.submit(self._finish, step, meta['val_loss'])
         return True
 
     def _start(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any], ema: Any) -> None:
@@ -244,12 +248,12 @@ class Checkpoints:
         missing or damaged, or structure, a shape or a dtype differs.
         """
         self.wait()
-        if step not in self.steps():
+        if not self._has(step):
             available = ', '.join(map(str, self.steps())) or 'none'
             raise InputError(f'{self.folder} has no checkpoint of step {step}: it has {available}')
         step_folder = self.folder / str(step)
         if verify:
-            verifying.verify_together(step_folder, way_out=way_out(step_folder))
+            verifying.verify_together(step_folder, way_out=lambda: way_out(step_folder))
         check_tree(step_folder, 'params', params)
         check_tree(step_folder, 'optimizer', optimizer)
         meta = self.read_meta(step)
@@ -258,6 +262,7 @@ class Checkpoints:
 
     def record_loss(self, step: int, val_loss: float) -> None:
         """Adds the validation loss of a finished step that was saved before it was known; in process 0."""
+        self._losses.pop(step, None)
         if jax.process_index() == 0 and self.read_meta(step)['val_loss'] is None:
             with replacing(self.folder / str(step) / LATE_LOSS_FILE) as file:
                 file.write(json.dumps({'val_loss': val_loss}).encode())
@@ -272,12 +277,21 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The finished step of the lowest validation loss, the earlier of two equals; None where no step has one."""
-        losses = val_losses(self.folder)
+        losses = self._val_losses(self.steps())
         return min(losses, key=losses.get, default=None)
 
     def best_loss(self) -> float | None:
         """The lowest validation loss (nats a token, as given to `save`) of the finished steps, or None."""
-        return min(val_losses(self.folder).values(), default=None)
+        return min(self._val_losses(self.steps()).values(), default=None)
+
+    def _has(self, step: int) -> bool:
+        """Whether `step` is one of `steps`."""
+        if is_address(self.folder):  # where to list the others would be a request for each
+            return is_step_name(str(step)) and verifying.exists(self.folder / str(step))
+        return step in self.steps()
+
+    def _val_losses(self, finished: list[int]) -> dict[int, float]:
+        return val_losses(self.folder, finished, self._losses if is_address(self.folder) else {})
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON dict of a finished step. Raises InputError where it is missing or damaged."""
@@ -333,17 +347,20 @@ class Checkpoints:
             self._orbax = ocp.CheckpointManager(path, options=options)
         return self._orbax
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, val_loss: float | None) -> None:
         with self._told(step):
             self._orbax.wait_until_finished()
             verifying.write(committing.place_of(self.folder, step))
+            self._losses[step] = val_loss
             if jax.process_index() == 0:
                 committing.commit(self.folder, step)
                 for old in self._outdated(step):
+                    self._losses.pop(old, None)
                     committing.remove(self.folder / str(old))
 
     def _outdated(self, saved: int) -> list[int]:
-        finished, losses = self.steps(), val_losses(self.folder)
+        finished = self.steps()
+        losses = self._val_losses(finished)
         best = sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best]
         every = [step for step in finished if self.keep_every_steps and step % self.keep_every_steps == 0]
         keep = {saved, *finished[-self.keep_latest :], *best, *every}

@@ -72,18 +72,19 @@ def verify(
     wanted: Callable[[str], bool] = lambda name: True,
     *,
     part: tuple[int, int] = (0, 1),
-    way_out: str = COPY_AGAIN,
+    way_out: Callable[[], str] = lambda: COPY_AGAIN,
 ) -> None:
     """Compare the files of `folder` with its manifest; files that the manifest does not list are not looked at.
 
     `wanted` limits the check to files by name (relative, with slashes). `part=(i, n)` checks the i-th of n shares, so
     that n processes divide the reading. Raises DamagedError, which names the first file that is missing, unreadable, of
-    another size or of other bytes, and ends in `way_out`.
+    another size or of other bytes, and ends in what `way_out()` says, which may look at all that lies beside the
+    folder: it is called only then.
     """
     files = _read(folder, way_out)
     names = [name for name in files if wanted(name)]
     if not names:  # else a damaged list would leave nothing to compare, and everything would pass
-        raise DamagedError(f'{folder / NAME} is damaged (it lists too few files)', way_out)
+        raise DamagedError(f'{folder / NAME} is damaged (it lists too few files)', way_out())
 
     # Of an object, to ask for its size is a request over the network: all are asked for together.
     sizes = listing(folder) if is_address(folder) else None
@@ -106,11 +107,14 @@ def verify(
     with concurrent.futures.ThreadPoolExecutor() as executor:
         for problem in executor.map(damage, names[part[0] :: part[1]]):
             if problem:
-                raise DamagedError(problem, way_out)
+                raise DamagedError(problem, way_out())
 
 
 def verify_together(
-    folder: pathlib.Path, wanted: Callable[[str], bool] = lambda name: True, *, way_out: str = COPY_AGAIN
+    folder: pathlib.Path,
+    wanted: Callable[[str], bool] = lambda name: True,
+    *,
+    way_out: Callable[[], str] = lambda: COPY_AGAIN,
 ) -> None:
     """`verify`, of which every process does its share; all of them raise where one finds damage."""
     problem = None
@@ -183,10 +187,10 @@ def _hash(folder: pathlib.Path, sizes: Mapping[str, int]) -> dict[str, dict]:
     return {name: {'bytes': size, 'sha256': sha256(folder / name)} for name, size in sizes.items()}
 
 
-def _read(folder: pathlib.Path, way_out: str) -> dict[str, dict]:
+def _read(folder: pathlib.Path, way_out: Callable[[], str]) -> dict[str, dict]:
     path = folder / NAME
     if not path.is_file():
-        raise DamagedError(f'{folder} has no {NAME}', way_out)
+        raise DamagedError(f'{folder} has no {NAME}', way_out())
     try:
         document = read_json(path)
         if document['format'] != FORMAT:
@@ -197,4 +201,4 @@ def _read(folder: pathlib.Path, way_out: str) -> dict[str, dict]:
     except StorageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DamagedError(f'{path} is damaged ({type(error).__name__})', way_out) from error
+        raise DamagedError(f'{path} is damaged ({type(error).__name__})', way_out()) from error

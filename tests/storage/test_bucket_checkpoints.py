@@ -84,6 +84,48 @@ def test_a_step_counts_from_its_manifest_on(bucket):
     assert not [name for name in bucket.names(KEY) if name.endswith('.unfinished') or name.endswith('d/1')]
 
 
+def test_the_requests_of_a_save_hardly_grow_with_the_steps_that_are_kept(bucket):
+    asked, others = [], range(3, 15)
+    bucket.fails = lambda method, url: asked.append(url)
+
+    def requests(step):
+        """Those before `save` returns, for which training waits, and all until the step is finished."""
+        asked.clear()
+        checkpoints.save(step, params(step), None, {'n': step}, float(step))
+        waited_for = len(asked)
+        checkpoints.wait()
+        return waited_for, len(asked)
+
+    with Checkpoints(FOLDER, keep_every_steps=1) as checkpoints:
+        requests(1)  # and those that look for leftovers
+        few = requests(2)
+        for name in bucket.names(f'{KEY}/1/'):
+            for step in others:
+                bucket.write(name.replace(f'{KEY}/1/', f'{KEY}/{step}/'), bucket.read(name))
+        first, many = requests(20), requests(21)
+        assert checkpoints.steps() == [1, 2, *others, 20, 21]
+    assert first[1] <= few[1] + 10 * (len(others) + 2)  # the records of those that others saved are read once
+    assert many[0] <= few[0] + 2  # orbax's own vary
+    assert many[1] <= few[1] + 5 + 2 * (len(others) + 2)
+
+
+def test_losses_that_are_known_follow_what_is_recorded_and_saved_again(bucket):
+    with Checkpoints(FOLDER, keep_latest=1, keep_best=2) as checkpoints:
+        save(checkpoints, 1, loss=3.0)
+        save(checkpoints, 2, loss=None)
+        assert (checkpoints.best_step(), checkpoints.best_loss()) == (1, 3.0)
+        checkpoints.record_loss(2, 1.0)
+        assert (checkpoints.best_step(), checkpoints.best_loss()) == (2, 1.0)
+        as_path(f'{FOLDER}/2/{verifying.NAME}').unlink()
+        assert (checkpoints.best_step(), checkpoints.best_loss()) == (1, 3.0)
+        save(checkpoints, 2, loss=4.0)  # in the place of the damaged one, which is set aside
+        assert (checkpoints.best_step(), checkpoints.best_loss()) == (1, 3.0)
+        save(checkpoints, 3, loss=2.0)
+        assert checkpoints.steps() == [1, 3]
+        assert (checkpoints.best_step(), checkpoints.best_loss()) == (3, 2.0)
+        assert Checkpoints(FOLDER).best_loss() == 2.0
+
+
 @pytest.mark.slow
 def test_damaged_steps_are_set_aside(bucket):
     """A flipped byte, an object and a manifest that are gone."""
