@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gpt_jax.checkpoints.verifying import raise_together
 from gpt_jax.config import RunConfig, as_record, differing_keys
 from gpt_jax.errors import InputError
 from gpt_jax.files import as_path, is_address, read_json, remove_leftovers, replacing
@@ -111,17 +112,24 @@ def check_still_ours(workdir: pathlib.Path) -> None:
     """Raises InputError where another run has taken this one for dead, and its place in a `locked` workdir.
 
     So it happens to a process that sleeps for more than `STALE_SECONDS`, such as a machine that is suspended, or that
-    cannot reach its storage for as long: it must not write over what the other one has written since.
+    cannot reach its storage for as long: it must not write over what the other one has written since. Of several
+    processes, which call this together, the first one looks, as it holds the lock.
     """
+    problem = _taken_over(workdir) if jax.process_index() == 0 else None
+    raise_together(problem, lambda process: InputError(f'--workdir={workdir}: see the message of process {process}'))
+
+
+def _taken_over(workdir: pathlib.Path) -> InputError | None:
     try:
         holder = _holder(read_json(workdir / '.holder.json'))
     except InputError:  # nobody's, or out of reach: then what is to be written will tell
-        return
-    if holder is not None and not _is_this_process(holder):
-        raise InputError(
-            f'--workdir={workdir}: process {holder["pid"]} on host {holder["host"]} has taken it over, as this run had '
-            f'given no sign of life for {STALE_SECONDS} s; this one ends and writes no more, that one goes on'
-        )
+        return None
+    if holder is None or _is_this_process(holder):
+        return None
+    return InputError(
+        f'--workdir={workdir}: process {holder["pid"]} on host {holder["host"]} has taken it over, as this run had '
+        f'given no sign of life for {STALE_SECONDS} s; this one ends and writes no more, that one goes on'
+    )
 
 
 def _as_path(workdir: str | os.PathLike) -> pathlib.Path:
