@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from gpt_jax.parallel.rendezvous import ALL_THREE, CONNECT_SECONDS, find, meet
 # it ends some seconds later.
 LOST_SECONDS = 20
 SHUTDOWN_SECONDS = 60  # the first process has more to do at the end than the others
+SAYS_MORE = '(TF_CPP_MIN_LOG_LEVEL=0 shows what jaxlib says)'
 LOST = 'another process of this run was lost; start all of them again, and the run goes on from its last checkpoint'
 # What collectives raise where the other side is gone: of Gloo (CPU), NCCL (GPU), and the coordination service.
 _CONNECTION = re.compile(
@@ -54,7 +56,7 @@ def connect(
     """
     place = find(coordinator, num_processes, process_id)
     meet(place, seconds)
-    _end_in_one_line('a process was lost while all were starting; start all of them again')
+    _end_in_one_line(f'a process was lost while all were starting; start all of them again {SAYS_MORE}')
     timeouts = {
         'initialization_timeout': CONNECT_SECONDS,
         'heartbeat_timeout_seconds': LOST_SECONDS,
@@ -70,7 +72,7 @@ def connect(
         _interruptible(lambda: jax.distributed.initialize(*given, **timeouts))
     except (RuntimeError, ValueError) as error:
         raise InputError(f'--coordinator={place.coordinator}: {first_line(error)}; {ALL_THREE}') from None
-    _end_in_one_line(LOST)
+    _end_in_one_line(f'{LOST} {SAYS_MORE}')
     for number in signals.numbers():  # jax has taken SIGTERM for itself
         if callable(handler := signal.getsignal(number)):
             signal.signal(number, handler)
@@ -96,12 +98,15 @@ def check_alike(values: Mapping[str, object]) -> None:
         if other.get(name) != first.get(name)
     ]
     if found:
-        # Process 0 keeps the values: it leaves when the others have read them.
+        more = f' (and {len(found) - 5} more)' if len(found) > 5 else ''
+        message = f'{"; ".join(found[:5])}{more}; start all processes with the same command and versions'
+        # Process 0 keeps the values: it leaves when the others have read them. One of these may lose it before it has
+        # come to raise this itself.
+        _end_in_one_line(message)
         client.key_value_set(f'gpt_jax/read/{call}/{index}', '')
         for number in range(1, jax.process_count() if index == 0 else 1):
             _wait_for_value(client, f'gpt_jax/read/{call}/{number}')
-        more = f' (and {len(found) - 5} more)' if len(found) > 5 else ''
-        raise InputError(f'{"; ".join(found[:5])}{more}; start all processes with the same command and versions')
+        raise InputError(message)
 
 
 @contextlib.contextmanager
@@ -162,15 +167,17 @@ def _end_in_one_line(message: str) -> None:
     global _on_abort  # noqa: PLW0603
     if sys.platform == 'win32':
         return
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
-        lambda _: _end(f'{message} (TF_CPP_MIN_LOG_LEVEL=0 shows what jaxlib says)')
-    )
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _end(message))
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
     libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
     _on_abort = handler
 
 
+_ending = threading.Lock()  # never released: of two threads that end the process one has the word
+
+
 def _end(message: str) -> None:
+    _ending.acquire()
     signals.warn(f'error: {message}\n')
     os._exit(1)

@@ -413,9 +413,7 @@ class Trainer:
             yield
         finally:
             self._stop_trace()
-            self._progress.close()
-            if self._is_ours:
-                self._close_logs()
+            self._close_logs()
             if self._is_ours and self._is_first_process:
                 with surviving('loss.png'):
                     plot_loss(self._workdir)
@@ -436,7 +434,7 @@ class Trainer:
 
     def _close_logs(self) -> None:
         self._progress.close()
-        if self._metrics is not None:
+        if self._is_ours and self._metrics is not None:  # else it would write what is left into another run's
             self._metrics.close()
 
     def watchdog(self) -> Watchdog:

@@ -359,7 +359,7 @@ def _is_here(holder: dict[str, Any]) -> bool:
 
 
 def _is_this_process(holder: dict[str, Any]) -> bool:
-    return (holder['host'], holder['pid']) == (socket.gethostname(), os.getpid())
+    return _is_here(holder) and holder['pid'] == os.getpid()
 
 
 def _alive(holder: dict[str, Any]) -> bool:

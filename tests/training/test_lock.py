@@ -153,6 +153,23 @@ def test_a_run_whose_place_was_taken_saves_no_more_and_leaves_all_to_the_other(t
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['2']
 
 
+@pytest.mark.parametrize(
+    ('other', 'is_lost'),
+    [
+        ({}, False),
+        ({'pid': os.getpid() + 1}, True),
+        ({'host': 'node7'}, True),
+        ({'system': 'another container, which has the name of this host and a process of this number'}, True),
+    ],
+)
+def test_the_place_is_lost_to_any_other_process_and_is_then_left_to_it(tmp_path, other, is_lost):
+    with locked(tmp_path):
+        write_holder(tmp_path, **other)
+        with pytest.raises(InputError, match='has taken it over') if is_lost else contextlib.nullcontext():
+            workdir.check_still_ours(tmp_path)
+    assert ('.holder.json' in files(tmp_path)) == is_lost
+
+
 @pytest.mark.parametrize('error', [KeyboardInterrupt, InputError])
 def test_the_lock_and_a_folder_made_for_nothing_are_gone_afterwards(tmp_path, error):
     with pytest.raises(error), locked(tmp_path / 'runs' / 'one'):
