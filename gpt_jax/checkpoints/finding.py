@@ -300,7 +300,7 @@ def _place_of_run(path: str | os.PathLike) -> tuple[pathlib.Path, bool]:
     Raises:
       InputError: it does not exist, or is a Hugging Face directory.
     """
-    place = _absolute(path)
+    place = _absolute(path, NAME_A_RUN)
     if _is_step_folder(place):
         return place, True
     if _is_huggingface(place) if is_address(place) else huggingface.is_directory(place):
@@ -522,25 +522,25 @@ def _update(meta: dict[str, Any]) -> str:
     return f'it was written by gpt_jax {writer}, this is {__version__}: update gpt_jax'
 
 
-def _absolute(path: str | os.PathLike) -> pathlib.Path:
-    """Where `path` is, through its links. Raises InputError where nothing is, or it can be no path."""
+def _absolute(path: str | os.PathLike, way_out: str = NAME_ONE) -> pathlib.Path:
+    """Where `path` is, through its links. Raises InputError, with `way_out`, where nothing is, or it can be no path."""
     place = as_path(path, f'checkpoint {path}')
     if is_address(place):
         check_reachable(place, f'checkpoint {path}')
         if not place.exists():
-            raise InputError(f'checkpoint {path} does not exist: {NAME_ONE}')
+            raise InputError(f'checkpoint {path} does not exist: {way_out}')
         return place
     if not os.fspath(path):
-        raise InputError(f'the name of the checkpoint is empty: {NAME_ONE}')
+        raise InputError(f'the name of the checkpoint is empty: {way_out}')
     try:
         absolute = pathlib.Path(path).expanduser().resolve()
         absolute.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f'checkpoint {path} does not exist: {NAME_ONE}') from None
+        raise InputError(f'checkpoint {path} does not exist: {way_out}') from None
     except OSError as error:  # links in a loop, a name too long, no permission
-        raise InputError(f'checkpoint {path} cannot be read ({error.strerror}): {NAME_ONE}') from None
+        raise InputError(f'checkpoint {path} cannot be read ({error.strerror}): {way_out}') from None
     except (ValueError, RuntimeError) as error:  # a NUL in the name; Python before 3.13 on links in a loop
-        raise InputError(f'checkpoint {path} cannot be read ({error}): {NAME_ONE}') from None
+        raise InputError(f'checkpoint {path} cannot be read ({error}): {way_out}') from None
     return absolute
 
 

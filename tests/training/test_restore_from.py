@@ -339,7 +339,7 @@ def newer(folder):
 @pytest.mark.parametrize(
     ('spoil', 'message'),
     [
-        (shutil.rmtree, 'does not exist: give a workdir'),
+        (shutil.rmtree, 'does not exist: give the workdir of another run, or a checkpoints/STEP folder'),
         (lambda folder: shutil.rmtree(folder / 'checkpoints'), 'holds no finished checkpoint: give the workdir of'),
         (
             lambda folder: [shutil.rmtree(folder / 'checkpoints' / step / 'optimizer') for step in '36'],
